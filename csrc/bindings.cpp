@@ -1,0 +1,188 @@
+// The only file that knows Python. Operands arrive as tuples made by fastdiff/ops/_native_args.py, device < 0 is the
+// CPU, and the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "fastdiff.h"
+
+namespace py = pybind11;
+using namespace fastdiff;
+
+namespace {
+
+int64_t integer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i)); }
+void* pointer(PyObject* tuple, Py_ssize_t i) { return PyLong_AsVoidPtr(PyTuple_GET_ITEM(tuple, i)); }
+
+bool absent(const py::handle& h, Py_ssize_t size, const char* what) {
+  if (h.is_none()) return true;
+  if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != size)
+    throw py::type_error(std::string(what) + ": expected None or a tuple of " + std::to_string(size));
+  return false;
+}
+
+// (pointer, dtype, stride_b, stride_n, stride_d)
+View view(const py::handle& h) {
+  View v;
+  if (absent(h, 5, "operand")) return v;
+  v.data = pointer(h.ptr(), 0);
+  v.dtype = static_cast<int32_t>(integer(h.ptr(), 1));
+  v.sb = integer(h.ptr(), 2), v.sn = integer(h.ptr(), 3), v.sd = integer(h.ptr(), 4);
+  return v;
+}
+
+// (pointer, dtype, reduce, workspace pointer)
+ParamGrad param_grad(const py::handle& h) {
+  ParamGrad g;
+  if (absent(h, 4, "gradient")) return g;
+  g.data = pointer(h.ptr(), 0);
+  g.dtype = static_cast<int32_t>(integer(h.ptr(), 1));
+  g.reduce = static_cast<int32_t>(integer(h.ptr(), 2));
+  g.partial = static_cast<float*>(pointer(h.ptr(), 3));
+  return g;
+}
+
+// A float, or (pointer, dtype) of a tensor [B].
+Coefficient coefficient(const py::handle& h) {
+  Coefficient c;
+  if (PyTuple_Check(h.ptr())) {
+    if (PyTuple_GET_SIZE(h.ptr()) != 2) throw py::type_error("coefficient: expected a float or (pointer, dtype)");
+    c.data = pointer(h.ptr(), 0);
+    c.dtype = static_cast<int32_t>(integer(h.ptr(), 1));
+  } else {
+    c.value = PyFloat_AsDouble(h.ptr());
+    if (PyErr_Occurred()) throw py::error_already_set();
+  }
+  return c;
+}
+
+template <typename Args>
+using OnCuda = std::common_type_t<void (*)(const Args&, int, void*)>;  // not deduced, so nullptr may stand for it
+
+template <typename Args>
+void launch(const Args& args, int device, uintptr_t stream, void (*on_cpu)(const Args&), OnCuda<Args> on_cuda) {
+  const py::gil_scoped_release release;
+  if (device < 0) {
+    on_cpu(args);
+  } else if (on_cuda != nullptr) {
+    on_cuda(args, device, reinterpret_cast<void*>(stream));
+  } else {
+    throw std::runtime_error("this build of fastdiff has no CUDA kernels");
+  }
+}
+
+#ifdef FASTDIFF_CUDA
+#define FD_CUDA(name) &cuda::name
+#else
+#define FD_CUDA(name) nullptr
+#endif
+
+void adaln_forward(int device, uintptr_t stream, int64_t B, int64_t N, int64_t D, bool rms, float eps, py::handle x,
+                   py::handle branch, py::handle gate, py::handle shift, py::handle scale, py::handle weight,
+                   py::handle bias, py::handle residual, py::handle y, uintptr_t mean, uintptr_t rstd) {
+  AdalnForward a;
+  a.B = B, a.N = N, a.D = D, a.rms = rms, a.eps = eps;
+  a.x = view(x), a.branch = view(branch), a.gate = view(gate), a.shift = view(shift), a.scale = view(scale);
+  a.weight = view(weight), a.bias = view(bias), a.residual = view(residual), a.y = view(y);
+  a.mean = reinterpret_cast<float*>(mean), a.rstd = reinterpret_cast<float*>(rstd);
+  launch(a, device, stream, &cpu::adaln_forward, FD_CUDA(adaln_forward));
+}
+
+void adaln_backward(int device, uintptr_t stream, int64_t B, int64_t N, int64_t D, bool rms, py::handle r,
+                    py::handle branch, py::handle gate, py::handle scale, py::handle weight, py::handle bias,
+                    py::handle grad_y, py::handle grad_residual, uintptr_t mean, uintptr_t rstd, py::handle dx,
+                    py::handle dbranch, py::handle dgate, py::handle dshift, py::handle dscale, py::handle dweight,
+                    py::handle dbias) {
+  AdalnBackward a;
+  a.B = B, a.N = N, a.D = D, a.rms = rms;
+  a.r = view(r), a.branch = view(branch), a.gate = view(gate), a.scale = view(scale), a.weight = view(weight);
+  a.bias = view(bias), a.grad_y = view(grad_y), a.grad_residual = view(grad_residual);
+  a.mean = reinterpret_cast<const float*>(mean), a.rstd = reinterpret_cast<const float*>(rstd);
+  a.dx = view(dx), a.dbranch = view(dbranch);
+  a.dgate = param_grad(dgate), a.dshift = param_grad(dshift), a.dscale = param_grad(dscale);
+  a.dweight = param_grad(dweight), a.dbias = param_grad(dbias);
+  launch(a, device, stream, &cpu::adaln_backward, FD_CUDA(adaln_backward));
+}
+
+// terms: tuple of (pointer, dtype); rule: tuple of coefficients, or a DDIM rule
+// (alpha_bar, alpha_bar_next, prediction, eta, guidance, has_uncond, has_noise, clip).
+Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule, bool ddim, uintptr_t out,
+                   int out_dtype) {
+  Update u;
+  u.B = B, u.M = M, u.kind = ddim ? kDdim : kLinear;
+  u.count = static_cast<int32_t>(terms.size());
+  if (u.count < 1 || u.count > kMaxTerms) throw py::value_error("update: 1 to 8 terms, got " + std::to_string(u.count));
+  for (int i = 0; i < u.count; ++i) {
+    const py::handle t = terms[i];
+    if (absent(t, 2, "term")) throw py::type_error("update: a term is None");
+    u.term[i] = pointer(t.ptr(), 0);
+    u.term_dtype[i] = static_cast<int32_t>(integer(t.ptr(), 1));
+  }
+  u.out = reinterpret_cast<void*>(out), u.out_dtype = out_dtype;
+  if (!ddim) {
+    if (static_cast<int32_t>(rule.size()) != u.count) throw py::value_error("update: one coefficient per term");
+    for (int i = 0; i < u.count; ++i) u.c[i] = coefficient(rule[i]);
+  } else {
+    u.alpha_bar = coefficient(rule[0]), u.alpha_bar_next = coefficient(rule[1]);
+    u.prediction = rule[2].cast<int32_t>(), u.eta = rule[3].cast<double>(), u.guidance = rule[4].cast<double>();
+    u.has_uncond = rule[5].cast<bool>(), u.has_noise = rule[6].cast<bool>(), u.clip = rule[7].cast<double>();
+    if (u.count != 2 + u.has_uncond + u.has_noise) throw py::value_error("update: terms do not match the DDIM rule");
+  }
+  return u;
+}
+
+void update(int device, uintptr_t stream, int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule,
+            bool ddim, uintptr_t out, int out_dtype) {
+  launch(make_update(B, M, terms, rule, ddim, out, out_dtype), device, stream, &cpu::update, FD_CUDA(update));
+}
+
+// grads: tuple of pointers (0: not wanted), one per term.
+void update_backward(int device, uintptr_t stream, int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule,
+                     bool ddim, uintptr_t grad, int grad_dtype, const py::tuple& grads) {
+  UpdateBackward u;
+  u.forward = make_update(B, M, terms, rule, ddim, 0, kF32);
+  if (static_cast<int32_t>(grads.size()) != u.forward.count) throw py::value_error("update_backward: one grad per term");
+  u.grad = reinterpret_cast<const void*>(grad), u.grad_dtype = grad_dtype;
+  for (int i = 0; i < u.forward.count; ++i) u.grad_term[i] = pointer(grads.ptr(), i);
+  launch(u, device, stream, &cpu::update_backward, FD_CUDA(update_backward));
+}
+
+}  // namespace
+
+#ifndef FASTDIFF_MODULE
+#define FASTDIFF_MODULE _C
+#endif
+
+PYBIND11_MODULE(FASTDIFF_MODULE, m) {
+  m.doc() = "fastdiff's native kernels; called through fastdiff.ops, which validates every argument";
+  m.def("adaln_forward", &adaln_forward);
+  m.def("adaln_backward", &adaln_backward);
+  m.def("update", &update);
+  m.def("update_backward", &update_backward);
+  m.attr("chunk") = kChunk;
+  m.def("isas", [] {
+    py::list names;
+    for (int i = 0; i < cpu::isa_count(); ++i) names.append(cpu::isa_name(i));
+    return names;
+  });
+  m.def("isa", [] { return cpu::isa_current(); });
+  m.def("select_isa", &cpu::isa_select);
+  m.def("build_info", [] {
+    py::dict d;
+    d["compiler"] = FASTDIFF_COMPILER;
+    d["cuda_archs"] = FASTDIFF_CUDA_ARCHS;
+#ifdef FASTDIFF_CUDA
+    d["cuda"] = true;
+#else
+    d["cuda"] = false;
+#endif
+#ifdef _OPENMP
+    d["openmp"] = true;
+#else
+    d["openmp"] = false;
+#endif
+    return d;
+  });
+}

@@ -1,0 +1,267 @@
+// Adaptive layer norm, forward and backward (see AdalnForward and AdalnBackward in fastdiff.h for the formulas).
+//
+// Floor: x (and branch) read once, outputs written once; modulation rows stay in cache.
+// Mapping: a row lives in L1 while it is read three times (sum; squared deviations; output). Two exact passes for the
+// variance instead of E[x^2] - E[x]^2, which loses everything when the mean is large. Rows whose modulation is per
+// sample reuse the widened modulation. float32 rows are read in place, other types are widened once into scratch.
+// Backward: one pass over the rows of a chunk (kChunk tokens of one sample) writes dx and dbranch and adds the chunk's
+// share of every broadcast gradient to a workspace row; a second pass adds the chunks in order.
+#include "isa.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastdiff {
+namespace cpu {
+namespace FASTDIFF_ISA {
+namespace {
+
+// Four independent sums hide the latency of the adds; they are combined in a fixed order.
+template <typename Term>
+inline float reduce_row(int64_t D, const Term& term) {
+  vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= D; i += 4 * kWidth) {
+    s0 += term(i, vf{});
+    s1 += term(i + kWidth, vf{});
+    s2 += term(i + 2 * kWidth, vf{});
+    s3 += term(i + 3 * kWidth, vf{});
+  }
+  for (; i + kWidth <= D; i += kWidth) s0 += term(i, vf{});
+  float tail = 0;
+  for (; i < D; ++i) tail += term(i, 0.0f);
+  return sum((s0 + s1) + (s2 + s3)) + tail;
+}
+
+// Loads one vector or one float, by the type of the second argument; lets a formula be written once.
+inline vf pick(const float* p, int64_t i, vf) { return load(p + i); }
+inline float pick(const float* p, int64_t i, float) { return p[i]; }
+inline void put(float* p, int64_t i, vf v) { store(p + i, v); }
+inline void put(float* p, int64_t i, float v) { p[i] = v; }
+
+template <typename Step>
+inline void each(int64_t D, const Step& step) {
+  int64_t i = 0;
+  for (; i + kWidth <= D; i += kWidth) step(i, vf{});
+  for (; i < D; ++i) step(i, 0.0f);
+}
+
+// An operand read row by row as contiguous floats; a row that is the one before (broadcast) is not widened again.
+struct RowReader {
+  View view;
+  float* scratch;
+  int64_t cached = -1;
+
+  const float* row(int64_t b, int64_t n, int64_t D) {
+    if (view.data == nullptr) return nullptr;
+    const int64_t offset = b * view.sb + n * view.sn;
+    if (view.dtype == kF32 && view.sd == 1) return static_cast<const float*>(view.data) + offset;
+    if (offset != cached) widen(scratch, at(view.data, view.dtype, offset), view.dtype, D, view.sd);
+    cached = view.sn == 0 || view.sb == 0 ? offset : -1;
+    return scratch;
+  }
+};
+
+// Scratch rows of one thread. A failed allocation must not pass for a result.
+struct Scratch {
+  float* base;
+  int64_t pitch;
+  explicit Scratch(int rows, int64_t D) : pitch((D + 15) / 16 * 16) {
+    base = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(rows * (pitch ? pitch : 16)) * sizeof(float)));
+    if (base == nullptr) abort();
+  }
+  ~Scratch() { free(base); }
+  float* row(int i) const { return base + i * pitch; }
+};
+
+inline char* element(const View& v, int64_t b, int64_t n) { return at(v.data, v.dtype, b * v.sb + n * v.sn); }
+inline bool direct(const View& v) { return v.dtype == kF32 && v.sd == 1; }
+
+inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* in, float* r_scratch, float* y_scratch) {
+  const int64_t D = a.D;
+  const float* r = in[0].row(b, n, D);
+  if (a.gate.data != nullptr) {
+    const float *x = r, *branch = in[1].row(b, n, D), *gate = in[2].row(b, n, D);
+    // When the residual is stored in 16 bits the norm sees the rounded value: what gate_residual followed by
+    // adaln_modulate computes, and what the backward pass reads.
+    float* out = direct(a.residual) ? reinterpret_cast<float*>(element(a.residual, b, n)) : r_scratch;
+    each(D, [&](int64_t i, auto k) { put(out, i, pick(x, i, k) + pick(gate, i, k) * pick(branch, i, k)); });
+    if (!direct(a.residual)) {
+      narrow(element(a.residual, b, n), out, a.residual.dtype, D, a.residual.sd);
+      if (a.residual.dtype != kF32) widen(out, element(a.residual, b, n), a.residual.dtype, D, a.residual.sd);
+    }
+    r = out;
+  }
+  if (a.scale.data == nullptr) return;
+  const float inv_d = 1.0f / static_cast<float>(D);
+  float mean = 0, square;
+  if (a.rms) {
+    square = reduce_row(D, [&](int64_t i, auto k) {
+      const auto v = pick(r, i, k);
+      return v * v;
+    });
+  } else {
+    mean = reduce_row(D, [&](int64_t i, auto k) { return pick(r, i, k); }) * inv_d;
+    square = reduce_row(D, [&](int64_t i, auto k) {
+      const auto v = pick(r, i, k) - mean;
+      return v * v;
+    });
+  }
+  const float rstd = 1.0f / __builtin_sqrtf(square * inv_d + a.eps);
+  if (a.mean != nullptr) a.mean[b * a.N + n] = mean, a.rstd[b * a.N + n] = rstd;
+  const float *shift = in[3].row(b, n, D), *scale = in[4].row(b, n, D);
+  const float *weight = in[5].row(0, 0, D), *bias = in[6].row(0, 0, D);
+  float* y = direct(a.y) ? reinterpret_cast<float*>(element(a.y, b, n)) : y_scratch;
+  if (weight == nullptr && bias == nullptr) {
+    each(D, [&](int64_t i, auto k) {
+      put(y, i, (pick(r, i, k) - mean) * rstd * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
+    });
+  } else {
+    each(D, [&](int64_t i, auto k) {
+      auto v = (pick(r, i, k) - mean) * rstd;
+      if (weight != nullptr) v *= pick(weight, i, k);
+      if (bias != nullptr) v += pick(bias, i, k);
+      put(y, i, v * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
+    });
+  }
+  if (!direct(a.y)) narrow(element(a.y, b, n), y, a.y.dtype, D, a.y.sd);
+}
+
+// A gradient of a broadcast operand, for one row: a pointer to add to (chunk workspace) or to write (per token).
+struct GradRow {
+  float* add = nullptr;
+  float* set = nullptr;
+};
+
+inline GradRow grad_row(const ParamGrad& g, int64_t workspace_row, int64_t D, float* scratch) {
+  GradRow r;
+  if (g.reduce == kPerToken) r.set = scratch;
+  if (g.reduce == kPerSample || g.reduce == kShared) r.add = g.partial + workspace_row * D;
+  return r;
+}
+inline void finish_row(const ParamGrad& g, const GradRow& r, int64_t token, int64_t D) {
+  if (r.set != nullptr) narrow(at(g.data, g.dtype, token * D), r.set, g.dtype, D, 1);
+}
+template <typename V>
+inline void give(const GradRow& r, int64_t i, V v) {
+  if (r.add != nullptr)
+    put(r.add, i, pick(r.add, i, v) + v);
+  else if (r.set != nullptr)
+    put(r.set, i, v);
+}
+
+enum { kR, kBranch, kGate, kScale, kWeight, kBias, kGradY, kGradResidual, kReaders };
+enum { kDn = kReaders, kDshift, kDscale, kDgate, kDx, kDbranch, kScratchRows };
+
+inline void backward_row(const AdalnBackward& a, int64_t b, int64_t n, int64_t workspace_row, RowReader* in,
+                         const Scratch& s) {
+  const int64_t D = a.D, token = b * a.N + n;
+  float* dx = direct(a.dx) ? reinterpret_cast<float*>(element(a.dx, b, n)) : s.row(kDx);
+  if (a.dx.data == nullptr) dx = s.row(kDx);
+  const float* grad_residual = in[kGradResidual].row(b, n, D);
+  if (a.grad_y.data != nullptr) {
+    const float *r = in[kR].row(b, n, D), *gy = in[kGradY].row(b, n, D), *scale = in[kScale].row(b, n, D);
+    const float *weight = in[kWeight].row(0, 0, D), *bias = in[kBias].row(0, 0, D);
+    const float mean = a.mean[token], rstd = a.rstd[token];
+    const GradRow dshift = grad_row(a.dshift, workspace_row, D, s.row(kDshift));
+    const GradRow dscale = grad_row(a.dscale, workspace_row, D, s.row(kDscale));
+    const GradRow dweight = grad_row(a.dweight, workspace_row, D, nullptr);
+    const GradRow dbias = grad_row(a.dbias, workspace_row, D, nullptr);
+    float* dn = s.row(kDn);
+    each(D, [&](int64_t i, auto k) {
+      const auto g = pick(gy, i, k), hat = (pick(r, i, k) - mean) * rstd;
+      auto affine = hat;
+      if (weight != nullptr) affine *= pick(weight, i, k);
+      if (bias != nullptr) affine += pick(bias, i, k);
+      auto d = g * (1.0f + pick(scale, i, k));
+      give(dshift, i, g);
+      give(dscale, i, g * affine);
+      give(dweight, i, d * hat);
+      give(dbias, i, d);
+      if (weight != nullptr) d *= pick(weight, i, k);
+      put(dn, i, d);
+    });
+    finish_row(a.dshift, dshift, token, D);
+    finish_row(a.dscale, dscale, token, D);
+    const float inv_d = 1.0f / static_cast<float>(D);
+    const float m1 = a.rms ? 0.0f : reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k); }) * inv_d;
+    const float m2 = reduce_row(D, [&](int64_t i, auto k) {
+                       return pick(dn, i, k) * ((pick(r, i, k) - mean) * rstd);
+                     }) *
+                     inv_d;
+    each(D, [&](int64_t i, auto k) {
+      auto v = (pick(dn, i, k) - m1 - (pick(r, i, k) - mean) * rstd * m2) * rstd;
+      if (grad_residual != nullptr) v += pick(grad_residual, i, k);
+      put(dx, i, v);
+    });
+  } else {
+    memcpy(dx, grad_residual, static_cast<size_t>(D) * sizeof(float));
+  }
+  if (a.gate.data != nullptr) {
+    const float *branch = in[kBranch].row(b, n, D), *gate = in[kGate].row(b, n, D);
+    const GradRow dgate = grad_row(a.dgate, workspace_row, D, s.row(kDgate));
+    if (dgate.add != nullptr || dgate.set != nullptr)
+      each(D, [&](int64_t i, auto k) { give(dgate, i, pick(dx, i, k) * pick(branch, i, k)); });
+    finish_row(a.dgate, dgate, token, D);
+    if (a.dbranch.data != nullptr) {
+      float* out = direct(a.dbranch) ? reinterpret_cast<float*>(element(a.dbranch, b, n)) : s.row(kDbranch);
+      each(D, [&](int64_t i, auto k) { put(out, i, pick(dx, i, k) * pick(gate, i, k)); });
+      if (!direct(a.dbranch)) narrow(element(a.dbranch, b, n), out, a.dbranch.dtype, D, a.dbranch.sd);
+    }
+  }
+  if (a.dx.data != nullptr && !direct(a.dx)) narrow(element(a.dx, b, n), dx, a.dx.dtype, D, a.dx.sd);
+}
+
+inline const ParamGrad* reduced(const AdalnBackward& a, int i) {
+  const ParamGrad* all[] = {&a.dgate, &a.dshift, &a.dscale, &a.dweight, &a.dbias};
+  const ParamGrad* g = all[i];
+  return g->reduce == kPerSample || g->reduce == kShared ? g : nullptr;
+}
+
+}  // namespace
+
+void adaln_forward(const AdalnForward& a) {
+  parallel_ranges(a.B * a.N, a.B * a.N * a.D, [&](int64_t first, int64_t last) {
+    const Scratch s(9, a.D);
+    RowReader in[] = {{a.x, s.row(0)},     {a.branch, s.row(1)}, {a.gate, s.row(2)}, {a.shift, s.row(3)},
+                      {a.scale, s.row(4)}, {a.weight, s.row(5)}, {a.bias, s.row(6)}};
+    for (int64_t t = first; t < last; ++t) forward_row(a, t / a.N, t % a.N, in, s.row(7), s.row(8));
+  });
+}
+
+void adaln_backward(const AdalnBackward& a) {
+  const int64_t per_sample = chunks(a.N), rows = a.B * per_sample;
+  parallel_ranges(rows, a.B * a.N * a.D, [&](int64_t first, int64_t last) {
+    const Scratch s(kScratchRows, a.D);
+    RowReader in[kReaders] = {{a.r, s.row(kR)},           {a.branch, s.row(kBranch)}, {a.gate, s.row(kGate)},
+                              {a.scale, s.row(kScale)},   {a.weight, s.row(kWeight)}, {a.bias, s.row(kBias)},
+                              {a.grad_y, s.row(kGradY)},  {a.grad_residual, s.row(kGradResidual)}};
+    for (int64_t c = first; c < last; ++c) {
+      for (int i = 0; i < 5; ++i)
+        if (const ParamGrad* g = reduced(a, i)) memset(g->partial + c * a.D, 0, static_cast<size_t>(a.D) * sizeof(float));
+      const int64_t b = c / per_sample, begin = c % per_sample * kChunk;
+      for (int64_t n = begin; n < begin + kChunk && n < a.N; ++n) backward_row(a, b, n, c, in, s);
+    }
+  });
+  // Second stage: the chunks of a sample (or of all samples) in order.
+  for (int i = 0; i < 5; ++i) {
+    const ParamGrad* g = reduced(a, i);
+    if (g == nullptr) continue;
+    const int64_t outputs = g->reduce == kPerSample ? a.B : 1, terms = g->reduce == kPerSample ? per_sample : rows;
+    parallel_ranges(outputs, outputs * terms * a.D, [&](int64_t first, int64_t last) {
+      const Scratch s(1, a.D);
+      for (int64_t o = first; o < last; ++o) {
+        float* total = s.row(0);
+        memset(total, 0, static_cast<size_t>(a.D) * sizeof(float));
+        for (int64_t t = 0; t < terms; ++t) {
+          const float* part = g->partial + (o * terms + t) * a.D;
+          each(a.D, [&](int64_t i, auto k) { put(total, i, pick(total, i, k) + pick(part, i, k)); });
+        }
+        narrow(at(g->data, g->dtype, o * a.D), total, g->dtype, a.D, 1);
+      }
+    });
+  }
+}
+
+}  // namespace FASTDIFF_ISA
+}  // namespace cpu
+}  // namespace fastdiff

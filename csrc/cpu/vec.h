@@ -1,0 +1,125 @@
+// One vector of floats, as wide as the instruction set this file is compiled for, and typed loads and stores.
+// GCC/Clang vector extensions: arithmetic is written with operators and contracts to FMA (-ffp-contract=fast).
+#pragma once
+#include <cstdlib>
+
+#include "../common/dtype.h"
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace fastdiff {
+namespace cpu {
+namespace FASTDIFF_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
+typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
+
+inline vf splat(float f) { return vf{} + f; }
+
+inline vf load(const float* p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+inline vf load(const bf16* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline void store(bf16* p, vf v) {
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu quiet = (u >> 16) | 0x40u;
+  const vu nan = (vu)(v != v);
+  const vh h = __builtin_convertvector((nan & quiet) | (~nan & rounded), vh);
+  memcpy(p, &h, sizeof h);
+}
+
+inline vf load(const f16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vf v;
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+inline void store(f16* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<f16>(v[i]);
+#endif
+}
+
+inline float sum(vf v) {
+  float s = 0;
+  for (int w = kWidth / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) v[i] += v[i + w];
+  s = v[0];
+  return s;
+}
+
+template <typename T>
+inline void widen(float* out, const T* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, load(in + i));
+  for (; i < n; ++i) out[i] = to_float(in[i]);
+}
+template <typename T>
+inline void narrow(T* out, const float* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) store(out + i, load(in + i));
+  for (; i < n; ++i) out[i] = from_float<T>(in[i]);
+}
+
+// n elements of any storage type, `stride` apart, as contiguous floats.
+inline void widen(float* out, const void* in, int32_t dtype, int64_t n, int64_t stride) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = load_as_float(in, dtype, i * stride);
+  } else if (dtype == kF32) {
+    memcpy(out, in, static_cast<size_t>(n) * 4);
+  } else if (dtype == kF16) {
+    widen(out, static_cast<const f16*>(in), n);
+  } else {
+    widen(out, static_cast<const bf16*>(in), n);
+  }
+}
+inline void narrow(void* out, const float* in, int32_t dtype, int64_t n, int64_t stride) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) store_from_float(out, dtype, i * stride, in[i]);
+  } else if (dtype == kF32) {
+    memcpy(out, in, static_cast<size_t>(n) * 4);
+  } else if (dtype == kF16) {
+    narrow(static_cast<f16*>(out), in, n);
+  } else {
+    narrow(static_cast<bf16*>(out), in, n);
+  }
+}
+
+inline char* at(void* data, int32_t dtype, int64_t offset) {
+  return static_cast<char*>(data) + offset * dtype_size(dtype);
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA
+}  // namespace cpu
+}  // namespace fastdiff

@@ -1,0 +1,87 @@
+// What a .cu file needs around its kernels: launches that throw, the device guard, grid sizes. Includes the CUDA
+// runtime, or its stand-in that runs the same file on the host (csrc/emu).
+#pragma once
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "../fastdiff.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define FD_SHARED(type, name, count) __shared__ type name[count]
+#define FD_SHARED_DYNAMIC(type, name)               \
+  extern __shared__ __align__(16) char name##_raw[]; \
+  type* const name = reinterpret_cast<type*>(name##_raw)
+#else
+#include "../emu/emu.h"
+#endif
+
+#include "mutate.cuh"
+
+#define FD_D __device__ __forceinline__
+
+namespace fastdiff {
+namespace cuda {
+namespace {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// Makes `device` current and puts the previous one back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device) check(cudaSetDevice(device), "cudaSetDevice"), changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Blocks for `tasks` > 0 tasks, one each, or fewer blocks that loop when the grid would be too large.
+inline unsigned int grid_for(int64_t tasks) {
+#ifdef __CUDACC__
+  constexpr int64_t limit = 0x7fffffff;
+#else
+  const int64_t limit = emu::grid_limit;
+#endif
+  return static_cast<unsigned int>(tasks < limit ? tasks : limit);
+}
+
+template <typename... Params, typename... Args>
+inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, void* stream,
+                   Args&&... args) {
+#ifdef __CUDACC__
+  kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(std::forward<Args>(args)...);
+  check(cudaGetLastError(), name);
+#else
+  (void)stream;
+  emu::launch(name, grid, block, smem, [&] { kernel(args...); });
+#endif
+}
+
+// FD_LAUNCH((kernel<8, 1>), grid, block, dynamic shared memory bytes, stream, arguments...)
+#define FD_LAUNCH(kernel, ...) ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__)
+
+// row = b * N + n. The 64-bit division (some hundred instructions) only where it is needed.
+FD_D void split(int64_t row, int64_t N, int64_t* b, int64_t* n) {
+  if (((row | N) >> 32) == 0) {
+    const uint32_t r = static_cast<uint32_t>(row), d = static_cast<uint32_t>(N);
+    *b = r / d, *n = r % d;
+  } else {
+    *b = row / N, *n = row % N;
+  }
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace fastdiff

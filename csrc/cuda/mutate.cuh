@@ -1,0 +1,42 @@
+// Deliberate mistakes, by name, so that the tests can show that each one is noticed (tests/test_emulator.py).
+// FD_MUTATED(name) is the constant false in every build but the emulator's, where a test may select one mistake.
+#pragma once
+
+#define FD_MUTATIONS(X)                                                                  \
+  X(kSumBarrier)        /* block_sum reads other warps' sums without waiting for them */ \
+  X(kSumTurn)           /* block_sum reuses one buffer: the next sum overwrites it */    \
+  X(kShortShuffle)      /* a warp sum that stops one step early */                       \
+  X(kVarianceTail)      /* lanes beyond D add (0 - mean)^2 to the variance */            \
+  X(kUnbiased)          /* variance divided by D - 1 */                                  \
+  X(kBatchIndex)        /* modulation of the next sample */                              \
+  X(kStride)            /* x read with stride 1 along D */                               \
+  X(kStoreTail)         /* a vector stored beyond the end of the row */                  \
+  X(kUnroundedResidual) /* the norm sees the residual before it was rounded */           \
+  X(kChunkEnd)          /* a chunk adds the first token of the next one */               \
+  X(kPartBarrier)       /* the second stage starts its next tile too early */            \
+  X(kTermsBarrier)      /* coefficients read before they are there */                    \
+  X(kTermsReuse)        /* coefficients overwritten while still in use */                \
+  X(kUpdateTail)        /* elements after the last whole vector are forgotten */
+
+namespace fastdiff {
+
+enum Mutation : int {
+  kNoMutation = 0,
+#define FD_X(name) name,
+  FD_MUTATIONS(FD_X)
+#undef FD_X
+};
+
+}  // namespace fastdiff
+
+#ifdef FASTDIFF_EMU
+#define FD_MUTATED(name) (::fastdiff::emu::mutation == ::fastdiff::name)
+#else
+#define FD_MUTATED(name) false
+#endif
+
+// __syncthreads() that the named mutation removes.
+#define FD_BARRIER(name) \
+  do {                   \
+    if (!FD_MUTATED(name)) __syncthreads(); \
+  } while (false)

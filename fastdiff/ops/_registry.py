@@ -1,0 +1,264 @@
+"""One place where operators meet torch: specs, registration, and who serves a call.
+
+A call takes one of four routes:
+
+- **reference**: the plain PyTorch formula. Chosen by ``use_backend("reference")``, when the native kernels cannot
+  serve the call, and under forward-mode derivatives and functorch transforms, where it *is* the derivative.
+- **grad**: an `autograd.Function` around the native kernels, entered only when a gradient is needed.
+- **op**: the `torch.library` operator, for tracing (`torch.compile`, `torch.export`, fake tensors), tensor subclasses
+  and the profiler.
+- **direct**: the very function registered for that operator, called without the dispatcher. Dispatching to Python
+  costs 2.7 µs a call, more than everything else in a small op together; plain tensors with no mode active do not
+  need it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd import forward_ad
+from torch.autograd import profiler as _profiler
+
+from fastdiff import _native
+
+Tensors = Sequence[torch.Tensor | None]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the public function
+
+REFERENCE, GRAD, OP, DIRECT = "reference", "grad", "op", "direct"
+
+library = torch.library.Library("fastdiff", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """All that tests, `fastdiff verify` and `fastdiff bench` need to know of one operator.
+
+    Attributes:
+        name: public name, also the name in `torch.ops.fastdiff`.
+        function: the public function.
+        reference: the plain PyTorch formula with the public signature; float64 in, float64 out.
+        example: ``example(rng, dtype, device) -> (args, kwargs)``, one valid call; shapes, layouts and options are
+            drawn from `rng`, so hypothesis can drive and shrink it.
+        lower: the torch operator and its arguments for a public call.
+        bound: for a call with float64 tensors, one magnitude tensor per output: the sum of the absolute values that
+            were added up on the way to each element. See `tolerance`.
+        grad_bound: likewise for the gradients, given the upstream gradients; keys name the differentiable arguments.
+        differentiable: names of the tensor arguments that have gradients.
+        growth: how many float32 roundings pile up in a reduction, e.g. sqrt(D); a function of the call.
+        bad: calls that must fail: (description, make(args, kwargs) -> (args, kwargs), exception type, words expected
+            in the message).
+        bytes: bytes that any implementation must move for a call.
+        flops: floating-point operations of a call.
+        shapes: named shapes for the benchmark, ``name -> make(dtype, device) -> (args, kwargs)``.
+        peers: ``name -> prepare(args, kwargs) -> zero-argument function``; `prepare` raises ImportError where the peer
+            is not installed and ValueError where it cannot do the call.
+        inplace: name of an argument that ``out=`` may alias, or None.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    example: Callable[[random.Random, torch.dtype, torch.device], Call]
+    lower: Callable[..., tuple[Any, tuple[Any, ...]]]
+    bound: Callable[..., tuple[torch.Tensor, ...]]
+    grad_bound: Callable[..., dict[str, torch.Tensor]]
+    differentiable: tuple[str, ...]
+    growth: Callable[..., float]
+    bad: Sequence[tuple[str, Callable[..., Call], type[Exception], tuple[str, ...]]]
+    bytes: Callable[..., int]
+    flops: Callable[..., int]
+    shapes: dict[str, Callable[[torch.dtype, torch.device], Call]]
+    peers: dict[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
+    inplace: str | None = None
+
+
+SPECS: dict[str, OpSpec] = {}
+
+
+def add(spec: OpSpec) -> OpSpec:
+    """Publish a spec: from here on the laws, `verify` and `bench` know the operator."""
+    SPECS[spec.name] = spec
+    return spec
+
+
+def define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register ``fastdiff::name`` with torch and return its overload.
+
+    Args:
+        name: operator name.
+        arguments: schema arguments, e.g. ``"Tensor x, float eps"``.
+        returns: schema of the result; ``"()"`` for an operator that fills arguments marked ``Tensor(a!)``.
+        kernel: the implementation for CPU and CUDA.
+        fake: the same for shapes only.
+    """
+
+    def guarded(*args: Any) -> Any:
+        why = _native.reasons(tensors_in(args), hard=True)
+        if why:
+            raise RuntimeError(f"torch.ops.fastdiff.{name} is native only and cannot serve this call: " + "; ".join(why))
+        return kernel(*args)
+
+    library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        library.impl(name, guarded, key)
+    torch.library.register_fake(f"fastdiff::{name}", fake, lib=library)
+    return getattr(torch.ops.fastdiff, name).default
+
+
+def transforms_active() -> bool:
+    """True inside forward-mode AD or a functorch transform, where only PyTorch's own operators will do."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def route(op: str, required: Tensors, optional: Tensors = ()) -> str:
+    """Who serves a call on these tensors; see the module's docstring. `optional` ones may be None.
+
+    Anything that is not a tensor is answered with the reference route, whose validation names it.
+
+    Raises:
+        RuntimeError: ``use_backend("native")`` is in force and the native kernels cannot serve the call.
+    """
+    if _native.backend == "reference" or _native.extension is None or transforms_active():
+        return _fallback(op, (*required, *optional))
+    dtypes, grad = _native.DTYPES, torch.is_grad_enabled()
+    needs_grad, plain = False, True
+    for t in (*required, *[o for o in optional if o is not None]) if optional else required:
+        if type(t) not in _PLAIN:
+            if not isinstance(t, torch.Tensor):
+                return REFERENCE
+            plain = False
+        if t.dtype not in dtypes or not (t.is_cpu or (t.is_cuda and _has_cuda)):
+            return _fallback(op, (*required, *optional))
+        if grad and t.requires_grad:
+            needs_grad = True
+    if needs_grad:
+        return GRAD
+    return DIRECT if plain and direct_is_safe() else OP
+
+
+_has_cuda = bool(_native.extension and _native.extension.build_info()["cuda"])
+
+
+def direct_is_safe() -> bool:
+    """No tracer, mode or profiler would miss the call if it went around the dispatcher."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or _profiler._is_profiler_enabled
+        or torch._C._len_torch_function_stack()
+    )
+
+
+def _fallback(op: str, tensors: Tensors) -> str:
+    if _native.backend == "native":
+        why = _native.reasons(tensors)
+        if transforms_active():
+            why.append("a forward-mode derivative or functorch transform is active")
+        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: ' + "; ".join(why))
+    if _native.backend == "auto":
+        _native.warn_once_if_missing()
+    return REFERENCE
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> list[str]:
+    """Every reason why ``op_name(*args, **kwargs)`` would not run on the native kernels; empty if it would.
+
+    Raises:
+        ValueError: there is no operator of that name.
+    """
+    if op_name not in SPECS:
+        raise ValueError(f"explain: op_name: expected one of {sorted(SPECS)}, got {op_name!r}")
+    found = _native.reasons(tensors_in((args, kwargs)))
+    if transforms_active():
+        found.append("a forward-mode derivative or functorch transform is active: the reference is its derivative")
+    return found
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return [t for item in tree for t in tensors_in(item)]
+    return []
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
+    """The same nested structure with every tensor replaced by ``function(tensor)``."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {k: map_tensors(function, v) for k, v in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(function, v) for v in tree)
+    return tree
+
+
+def tolerance(expected: torch.Tensor, magnitude: torch.Tensor, growth: float, dtype: torch.dtype) -> torch.Tensor:
+    """How far an output of type `dtype` may be from its float64 value, per element.
+
+    Two roundings are unavoidable: the result's own, half a unit in its last place (doubled here, since an error just
+    before a rounding boundary moves it by a whole unit), and those of the float32 arithmetic behind it, each at most
+    2^-24 of the magnitudes involved. `growth` counts the latter; for a sum of n terms they grow like sqrt(n).
+    """
+    storage = torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return storage + (4.0 + growth) * 2.0**-24 * magnitude
+
+
+def fail(op: str, argument: str, expected: str, got: object, kind: type[Exception] = ValueError) -> NoReturn:
+    """Raise the one form of error that every operator uses."""
+    raise kind(f"{op}: {argument}: expected {expected}, got {got}")
+
+
+def check_tensor(op: str, argument: str, value: object, like: torch.Tensor | None = None) -> None:
+    """`value` is a floating-point tensor, on the device of `like`."""
+    if not isinstance(value, torch.Tensor):
+        fail(op, argument, "a torch.Tensor", type(value).__name__, TypeError)
+    if not value.is_floating_point():
+        fail(op, argument, "a floating-point tensor", value.dtype, TypeError)
+    if like is not None and value.device != like.device:
+        fail(op, argument, f"a tensor on {like.device}", value.device)
+
+
+def check_out(op: str, out: object, like: torch.Tensor, inputs: Tensors, may_alias: Tensors = ()) -> None:
+    """`out` can be written: type, shape, dtype, device, no gradient, and no partial overlap with an input."""
+    check_tensor(op, "out", out, like)
+    assert isinstance(out, torch.Tensor)
+    if out.shape != like.shape:
+        fail(op, "out", f"shape {tuple(like.shape)}", tuple(out.shape))
+    if out.dtype != like.dtype:
+        fail(op, "out", f"dtype {like.dtype}", out.dtype, TypeError)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
+        fail(op, "out", "no argument that requires a gradient (out= is not differentiable)", "one that does")
+    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+        fail(op, "out", "a tensor whose elements are distinct in memory", f"strides {out.stride()}")
+    for t in inputs:
+        if t is None or not overlaps(out, t):
+            continue
+        same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.shape == out.shape
+        if not (same and t.dtype == out.dtype and any(t is a for a in may_alias)):
+            fail(op, "out", "memory apart from the inputs, or exactly that of one it may replace", "an overlap")
+
+
+def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """The address ranges of two tensors intersect (an interleaved pair counts as overlapping)."""
+    if a.numel() == 0 or b.numel() == 0 or a.device != b.device or torch.compiler.is_compiling():
+        return False
+    if type(a) not in _PLAIN or type(b) not in _PLAIN or a.is_meta:
+        return False
+
+    def span(t: torch.Tensor) -> tuple[int, int]:
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1

@@ -1,0 +1,549 @@
+"""Sampler updates: one kernel for every explicit solver step.
+
+Every explicit step is ``sum_i c_i t_i`` with step-constant coefficients, after classifier-free guidance
+``uncond + guidance_scale * (pred - uncond)`` and with an optional clamp of the predicted data. Coefficients are
+resolved in float64, once per sample and on the device that holds them, so a step is one launch and reads nothing back.
+
+Shapes: every tensor has the shape of x, [B, ...] with any trailing dimensions; a coefficient is a float or a tensor
+[B] (also [B, 1, ..., 1], [1] or []), float32 or float64 for full precision. dtypes float32, float16, bfloat16 in any
+mixture; arithmetic in float32; the result has the dtype of x. Tensors laid out like x (contiguous, or dense in any
+order with the batch outermost, e.g. channels-last) are read in place; others are copied into that layout first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastdiff import _native
+from fastdiff.ops import _registry as reg
+
+Number = float | torch.Tensor
+MAX_TERMS = 8  # kMaxTerms in csrc/fastdiff.h
+PREDICTIONS = {"epsilon": 0, "v": 1, "sample": 2, "flow": 3}  # enum Prediction in csrc/fastdiff.h
+_CODES = _native.DTYPES
+_COEFFICIENT_CODES = {torch.float32: 0, torch.float64: _native.FLOAT64_CODE}
+
+
+# ------------------------------------------------------------------------------------------------- public functions
+
+
+def linear_update(
+    coefficients: Sequence[Number], tensors: Sequence[torch.Tensor], *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``sum_i coefficients[i] * tensors[i]`` in one pass, differentiable in tensors and coefficients.
+
+    Args:
+        coefficients: one float or tensor [B] per tensor.
+        tensors: any number of tensors [B, ...], all of one shape. More than 8 take several passes.
+        out: shape and dtype of tensors[0]; written and returned. May be one of the tensors. Not differentiable.
+
+    Returns:
+        [B, ...], dtype of tensors[0].
+
+    Raises:
+        ValueError: shapes, devices or counts do not fit, or `out` overlaps an input.
+        TypeError: an argument is not a floating-point tensor or number.
+    """
+    op = "linear_update"
+    coefficients, tensors = _sequence(op, "coefficients", coefficients), _sequence(op, "tensors", tensors)
+    if not tensors:
+        reg.fail(op, "tensors", "at least one tensor", "none")
+    if len(coefficients) != len(tensors):
+        reg.fail(op, "coefficients", f"one per tensor, {len(tensors)}", len(coefficients))
+    if len(tensors) <= MAX_TERMS:
+        return _serve(op, coefficients, tensors, None, out, _linear_reference)
+    head = linear_update(coefficients[: MAX_TERMS - 1], [tensors[0].float(), *tensors[1 : MAX_TERMS - 1]])
+    rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]])
+    rest = rest.to(tensors[0].dtype)
+    return rest if out is None else out.copy_(rest)
+
+
+def euler_step(
+    x: torch.Tensor,
+    velocity: torch.Tensor,
+    dt: Number,
+    *,
+    uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x + dt * v`` with ``v = uncond + guidance_scale * (velocity - uncond)``, differentiable in every tensor.
+
+    Args:
+        x: [B, ...], the state.
+        velocity: shape of x, the (conditional) velocity.
+        dt: the step, float or [B].
+        uncond: shape of x, the unconditional velocity; None for no guidance.
+        guidance_scale: 1 keeps the conditional velocity; used only with `uncond`.
+        out: shape and dtype of x; written and returned. May be one of the tensors. Not differentiable.
+
+    Returns:
+        shape and dtype of x.
+
+    Raises:
+        ValueError: a shape or device does not fit, or `out` overlaps an input.
+        TypeError: an argument is not a floating-point tensor or number.
+    """
+    if uncond is None:
+        return _serve("euler_step", [1.0, dt], [x, velocity], None, out, _linear_reference)
+    guidance = _number("euler_step", "guidance_scale", guidance_scale)
+    if not isinstance(dt, torch.Tensor):
+        dt = _number("euler_step", "dt", dt)
+    coefficients = [1.0, dt * guidance, dt * (1.0 - guidance)]
+    return _serve("euler_step", coefficients, [x, velocity, uncond], None, out, _linear_reference)
+
+
+def ddim_step(
+    x: torch.Tensor,
+    pred: torch.Tensor,
+    alpha_bar: Number,
+    alpha_bar_next: Number,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 0.0,
+    noise: torch.Tensor | None = None,
+    uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    clip_sample: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One DDIM step from `alpha_bar` to `alpha_bar_next`, differentiable in every tensor.
+
+    Song, Meng & Ermon 2021, "Denoising Diffusion Implicit Models", eq. 12 and 16: with data x0 and noise e as implied
+    by the (guided) prediction,
+
+        out = sqrt(alpha_bar_next) x0 + sqrt(1 - alpha_bar_next - sigma^2) e + sigma noise
+        sigma = eta sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_next)
+
+    eta = 0 is deterministic and, run with alpha_bar_next < alpha_bar, the inversion; eta = 1 is DDPM's posterior.
+
+    Args:
+        x: [B, ...], sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) e.
+        pred: shape of x, the model's output.
+        alpha_bar: cumulative signal power at x, in [0, 1]; float or [B].
+        alpha_bar_next: likewise where the step goes.
+        prediction: what `pred` is: ``"epsilon"`` e; ``"v"`` sqrt(alpha_bar) e - sqrt(1 - alpha_bar) x0; ``"sample"``
+            x0; ``"flow"`` x0 - e.
+        eta: stochasticity, >= 0.
+        noise: shape of x, standard normal; needed when eta > 0, ignored otherwise.
+        uncond: shape of x, the unconditional output; the guided one is uncond + guidance_scale (pred - uncond).
+        guidance_scale: used only with `uncond`.
+        clip_sample: clamp x0 to [-clip_sample, clip_sample]; e stays as predicted. None: no clamp.
+        out: shape and dtype of x; written and returned. May be one of the tensors. Not differentiable.
+
+    Returns:
+        shape and dtype of x.
+
+    Raises:
+        ValueError: a shape, device, range or option does not fit. Ranges of per-sample tensors are not checked (that
+            would read the device); outside [0, 1] their samples become NaN.
+        TypeError: an argument is not a floating-point tensor or number.
+    """
+    op = "ddim_step"
+    if prediction not in PREDICTIONS:
+        reg.fail(op, "prediction", f"one of {tuple(PREDICTIONS)}", repr(prediction))
+    if type(eta) is not float or not 0 <= eta < 1e30:
+        eta = _number(op, "eta", eta, low=0.0)
+    if eta > 0 and noise is None:
+        reg.fail(op, "noise", "a tensor of the shape of x because eta > 0", "None")
+    guidance = 1.0 if uncond is None else _number(op, "guidance_scale", guidance_scale)
+    clip = -1.0 if clip_sample is None else _number(op, "clip_sample", clip_sample, low=0.0)
+    terms = [x, pred]
+    if uncond is not None:
+        terms.append(uncond)
+    if eta > 0:
+        terms.append(noise)  # type: ignore[arg-type]
+    _check_levels(alpha_bar, alpha_bar_next, prediction, eta)
+    rule = (PREDICTIONS[prediction], eta, guidance, uncond is not None, eta > 0, clip)
+    return _serve(op, [alpha_bar, alpha_bar_next], terms, rule, out, _ddim_reference)
+
+
+# ------------------------------------------------------------------------------------------------------- references
+
+
+def linear_update_reference(coefficients: Sequence[Number], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`linear_update` in plain PyTorch: any device, float64 included, differentiable to any order."""
+    return _linear_reference(coefficients, tensors, None)
+
+
+def euler_step_reference(
+    x: torch.Tensor,
+    velocity: torch.Tensor,
+    dt: Number,
+    *,
+    uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> torch.Tensor:
+    """`euler_step` in plain PyTorch: any device, float64 included, differentiable to any order."""
+    wide = _wide(x)
+    v = velocity.to(wide)
+    if uncond is not None:
+        v = uncond.to(wide) + guidance_scale * (v - uncond.to(wide))
+    return (x.to(wide) + _column(dt, x, wide) * v).to(x.dtype)
+
+
+def ddim_step_reference(
+    x: torch.Tensor,
+    pred: torch.Tensor,
+    alpha_bar: Number,
+    alpha_bar_next: Number,
+    *,
+    prediction: str = "epsilon",
+    eta: float = 0.0,
+    noise: torch.Tensor | None = None,
+    uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    clip_sample: float | None = None,
+) -> torch.Tensor:
+    """`ddim_step` in plain PyTorch: any device, float64 included, differentiable to any order."""
+    wide = _wide(x)
+    ab, ab_next = _column(alpha_bar, x, torch.float64), _column(alpha_bar_next, x, torch.float64)
+    a, s = ab.sqrt(), (1 - ab).clamp(min=0).sqrt()
+    h, g = x.to(wide), pred.to(wide)
+    if uncond is not None:
+        g = uncond.to(wide) + guidance_scale * (g - uncond.to(wide))
+    # Coefficients are rounded once, from float64, to the type of the arithmetic.
+    if prediction == "epsilon":
+        data, e = (1 / a).to(wide) * h - (s / a).to(wide) * g, g
+    elif prediction == "v":
+        data, e = a.to(wide) * h - s.to(wide) * g, s.to(wide) * h + a.to(wide) * g
+    elif prediction == "sample":
+        data, e = g, (1 / s).to(wide) * h - (a / s).to(wide) * g
+    else:
+        data = (1 / (a + s)).to(wide) * h + (s / (a + s)).to(wide) * g
+        e = (1 / (a + s)).to(wide) * h - (a / (a + s)).to(wide) * g
+    if clip_sample is not None:
+        data = data.clamp(-clip_sample, clip_sample)
+    sigma = torch.zeros_like(ab)
+    if eta > 0:
+        sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).clamp(min=0).sqrt()
+    result = ab_next.sqrt().to(wide) * data + (1 - ab_next - sigma**2).clamp(min=0).sqrt().to(wide) * e
+    if eta > 0:
+        assert noise is not None
+        result = result + sigma.to(wide) * noise.to(wide)
+    return result.to(x.dtype)
+
+
+def _linear_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: object) -> torch.Tensor:
+    x = terms[0]
+    wide = _wide(x)
+    total = _column(coefficients[0], x, wide) * x.to(wide)
+    for c, t in zip(coefficients[1:], terms[1:], strict=True):
+        total = total + _column(c, x, wide) * t.to(wide)
+    return total.to(x.dtype)
+
+
+def _ddim_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: Any) -> torch.Tensor:
+    code, eta, guidance, has_uncond, has_noise, clip = rule
+    rest = list(terms[2:])
+    return ddim_step_reference(
+        terms[0],
+        terms[1],
+        coefficients[0],
+        coefficients[1],
+        prediction=_PREDICTION_NAMES[code],
+        eta=eta,
+        uncond=rest.pop(0) if has_uncond else None,
+        noise=rest.pop(0) if has_noise else None,
+        guidance_scale=guidance,
+        clip_sample=None if clip < 0 else clip,
+    )
+
+
+_PREDICTION_NAMES = {code: name for name, code in PREDICTIONS.items()}
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _column(c: Number, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A coefficient as a tensor that broadcasts against x: [] or [B, 1, ..., 1]."""
+    if not isinstance(c, torch.Tensor):
+        return torch.full((), float(c), dtype=dtype, device=x.device)
+    c = c.to(device=x.device, dtype=dtype)
+    return c.reshape(()) if c.numel() == 1 else c.reshape(-1, *[1] * (x.dim() - 1))
+
+
+# ------------------------------------------------------------------------------------------------------- validation
+
+
+def _sequence(op: str, argument: str, value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if isinstance(value, torch.Tensor) and argument == "coefficients" and value.dim() > 0:
+        return list(value.unbind(0))
+    reg.fail(op, argument, "a list or tuple", type(value).__name__, TypeError)
+
+
+def _number(op: str, argument: str, value: Any, low: float = float("-inf")) -> float:
+    """A finite number that is no tensor, at least `low`."""
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__float__"):
+        reg.fail(op, argument, "a number", type(value).__name__, TypeError)
+    number = float(value)
+    if not (low <= number and abs(number) < float("inf")):
+        reg.fail(op, argument, "a finite number" + (f" >= {low:g}" if low > float("-inf") else ""), repr(value))
+    return number
+
+
+def _check_levels(alpha_bar: Number, alpha_bar_next: Number, prediction: str, eta: float) -> None:
+    """Ranges of levels that are given as numbers; those on a device are not read."""
+    for name, level in (("alpha_bar", alpha_bar), ("alpha_bar_next", alpha_bar_next)):
+        if not isinstance(level, torch.Tensor) and not 0 <= _number("ddim_step", name, level) <= 1:
+            reg.fail("ddim_step", name, "a number in [0, 1]", repr(level))
+    if prediction == "epsilon" and not isinstance(alpha_bar, torch.Tensor) and alpha_bar == 0:
+        reg.fail("ddim_step", "alpha_bar", "a number > 0 (x holds no data that epsilon could reveal)", alpha_bar)
+    if not isinstance(alpha_bar, torch.Tensor) and alpha_bar == 1 and (prediction == "sample" or eta > 0):
+        reg.fail("ddim_step", "alpha_bar", "a number < 1 for prediction='sample' or eta > 0", alpha_bar)
+    if eta > 0 and not isinstance(alpha_bar_next, torch.Tensor) and alpha_bar_next == 0:
+        reg.fail("ddim_step", "alpha_bar_next", "a number > 0 for eta > 0", alpha_bar_next)
+
+
+def _names(op: str, count: int, rule: Any) -> list[str]:
+    if op == "linear_update":
+        return [f"tensors[{i}]" for i in range(count)]
+    if op == "euler_step":
+        return ["x", "velocity", "uncond"][:count]
+    return ["x", "pred"] + ["uncond"] * rule[3] + ["noise"] * rule[4]
+
+
+def _coefficient_names(op: str, count: int) -> list[str]:
+    if op == "linear_update":
+        return [f"coefficients[{i}]" for i in range(count)]
+    return ["", "dt", "dt"] if op == "euler_step" else ["alpha_bar", "alpha_bar_next"]
+
+
+def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any) -> list[Number]:
+    """The whole contract; returns the coefficients as floats and as tensors [B], float32 or float64."""
+    names = _names(op, len(terms), rule)
+    x = terms[0]
+    for name, t in zip(names, terms, strict=True):
+        reg.check_tensor(op, name, t, x if isinstance(x, torch.Tensor) else None)
+        if t.shape != x.shape:
+            reg.fail(op, name, f"the shape of {names[0]}, {tuple(x.shape)}", tuple(t.shape))
+    checked: list[Number] = []
+    for name, c in zip(_coefficient_names(op, len(coefficients)), coefficients, strict=False):
+        if not isinstance(c, torch.Tensor):
+            checked.append(_number(op, name, c))
+            continue
+        batch = x.shape[0] if x.dim() else 1
+        if not c.is_floating_point():
+            reg.fail(op, name, "a floating-point tensor or a number", c.dtype, TypeError)
+        if c.numel() != 1 and not (c.numel() == batch and c.dim() >= 1 and c.shape[0] == batch):
+            reg.fail(op, name, f"a number or a tensor of shape [B] = ({batch},)", tuple(c.shape))
+        if c.device != x.device and not (c.dim() == 0 and c.device.type == "cpu"):
+            reg.fail(op, name, f"a tensor on {x.device}", c.device)
+        c = c.to(x.device) if c.dtype in _COEFFICIENT_CODES else c.to(x.device, torch.float32)
+        checked.append(c.reshape(-1).expand(batch).contiguous() if x.dim() else c.reshape(1))
+    return checked
+
+
+# -------------------------------------------------------------------------------------------------- native functions
+
+
+def _serve(
+    op: str, coefficients: list[Any], terms: list[Any], rule: Any, out: torch.Tensor | None, reference: Any
+) -> torch.Tensor:
+    way = reg.route(op, terms)
+    if way is reg.DIRECT and out is None and _all_numbers(coefficients):
+        x = terms[0]
+        shape, device = x.shape, x.get_device()
+        for t in terms[1:]:
+            if t.shape != shape or t.get_device() != device:
+                _check(op, coefficients, terms, rule)
+        return _update(terms, coefficients, None, *(rule or _LINEAR))
+    checked = _check(op, coefficients, terms, rule)
+    learned = torch.is_grad_enabled() and any(isinstance(c, torch.Tensor) and c.requires_grad for c in checked)
+    if out is not None:
+        reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
+    if way is reg.REFERENCE or learned:
+        result = reference(checked, terms, rule)
+        return result if out is None else out.copy_(result)
+    values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
+    tables = [c if isinstance(c, torch.Tensor) else None for c in checked]
+    if out is not None:
+        _update_out_op(terms, values, tables, *(rule or _LINEAR), out)
+        return out
+    if way is reg.GRAD:
+        return _Update.apply(len(terms), values, rule or _LINEAR, reference, *terms, *tables)
+    return _update_op(terms, values, tables, *(rule or _LINEAR))
+
+
+# The rule of a linear update, in the place of DDIM's (prediction, eta, guidance, has_uncond, has_noise, clip).
+_LINEAR = (-1, 0.0, 1.0, False, False, -1.0)
+
+
+def _all_numbers(coefficients: list[Any]) -> bool:
+    for c in coefficients:
+        if type(c) is not float or not -1e300 < c < 1e300:
+            return False
+    return True
+
+
+def _update(  # type: ignore[no-untyped-def]
+    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip
+) -> torch.Tensor:
+    out = _new_like(terms[0])
+    _launch(terms, values, tables, (prediction, eta, guidance, has_uncond, has_noise, clip), out)
+    return out
+
+
+def _update_out(  # type: ignore[no-untyped-def]
+    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, out
+) -> None:
+    rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
+    if _is_dense(out):
+        _launch(terms, values, tables, rule, out)
+    else:
+        out.copy_(_update(terms, values, tables, *rule))
+
+
+def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) -> None:
+    B, M, operands, arguments = _operands(terms, values, tables, rule, out)
+    device = out.get_device()
+    if M:
+        ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+        ext.update(  # type: ignore[union-attr]
+            target,
+            _native.stream(device) if device >= 0 else 0,
+            B,
+            M,
+            tuple([(t.data_ptr(), _CODES[t.dtype]) for t in operands]),
+            arguments,
+            rule[0] >= 0,
+            out.data_ptr(),
+            _CODES[out.dtype],
+        )
+
+
+def _operands(
+    terms: Any, values: Any, tables: Any, rule: Any, like: torch.Tensor
+) -> tuple[int, int, Any, tuple[Any, ...]]:
+    """B, M, the terms laid out like `like`, and the coefficients for the native side."""
+    B, coefficients = 1, tuple(values)
+    if tables is not None and any(t is not None for t in tables):
+        B = like.shape[0] if like.dim() else 1
+        coefficients = tuple(
+            v if t is None else (t.data_ptr(), _COEFFICIENT_CODES[t.dtype]) for v, t in zip(values, tables, strict=True)
+        )
+    if like.is_contiguous():
+        for t in terms:
+            if not t.is_contiguous():
+                terms = [t.contiguous() for t in terms]
+                break
+    else:
+        strides = like.stride()
+        terms = [t if t.stride() == strides else torch.empty_like(like, dtype=t.dtype).copy_(t) for t in terms]
+    size = like.numel()
+    return B, size // B if size else 0, terms, coefficients if rule[0] < 0 else (*coefficients, *rule)
+
+
+def _is_dense(t: torch.Tensor) -> bool:
+    """Elements fill one range of memory with the batch outermost, as the kernel walks them."""
+    if t.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return t.shape[0] == 1 or t.stride(0) * t.shape[0] == expected
+
+
+def _new_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Uninitialised, laid out like x where the kernel can walk that, else contiguous."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format if _is_dense(x) else torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------------- gradient
+
+
+def _backward(  # type: ignore[no-untyped-def]
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, need
+) -> list[torch.Tensor]:
+    """Gradients of the terms that `need` marks. `terms` is empty when nothing is clamped: the step is linear."""
+    rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
+    like = _new_like(grad)
+    B, M, (grad, *terms), arguments = _operands([grad, *terms], values, tables, rule, like)
+    dtypes = [t.dtype for t in terms] or [grad.dtype] * len(need)
+    grads = [torch.empty_like(like, dtype=d) if n else None for d, n in zip(dtypes, need, strict=True)]
+    device = grad.get_device()
+    if M:
+        ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+        ext.update_backward(  # type: ignore[union-attr]
+            target,
+            _native.stream(device) if device >= 0 else 0,
+            B,
+            M,
+            tuple((t.data_ptr(), _CODES[t.dtype]) for t in terms) or tuple((0, _CODES[d]) for d in dtypes),
+            arguments,
+            prediction >= 0,
+            grad.data_ptr(),
+            _CODES[grad.dtype],
+            tuple(0 if g is None else g.data_ptr() for g in grads),
+        )
+    return [g for g in grads if g is not None]
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, need
+) -> list[torch.Tensor]:
+    dtypes = [t.dtype for t in terms] or [grad.dtype] * len(need)
+    return [_new_like(grad, d) for d, n in zip(dtypes, need, strict=True) if n]
+
+
+class _Update(torch.autograd.Function):
+    """out is linear in the terms (up to the clamp), so nothing is saved unless there is a clamp."""
+
+    @staticmethod
+    def forward(ctx, count, values, rule, reference, *tensors):  # type: ignore[no-untyped-def,override]
+        terms, tables = list(tensors[:count]), list(tensors[count:])
+        ctx.values, ctx.rule, ctx.reference, ctx.count = values, rule, reference, count
+        ctx.clamped = rule[5] >= 0
+        ctx.dtypes = [t.dtype for t in terms]
+        ctx.save_for_backward(*tables, *(terms if ctx.clamped else []))
+        return _call(_update_op, _update, terms, values, tables, *rule)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
+        coefficients = len(ctx.values)
+        tables, terms = list(ctx.saved_tensors[:coefficients]), list(ctx.saved_tensors[coefficients:])
+        need = list(ctx.needs_input_grad[4 : 4 + ctx.count])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            full: list[torch.Tensor] = _reference_gradient(ctx, grad, tables, terms)
+        else:
+            full = _call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, need)
+        found = iter(full)
+        grads = [next(found).to(d) if n else None for n, d in zip(need, ctx.dtypes, strict=True)]
+        return (None, None, None, None, *grads, *[None] * len(tables))
+
+
+def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same gradients as a differentiable expression. Without a clamp any point will do, so zero it is."""
+    at = terms or [torch.zeros_like(grad, dtype=d, requires_grad=True) for d in ctx.dtypes]
+    coefficients = [v if t is None else t for v, t in zip(ctx.values, tables, strict=True)]
+    wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
+    result = ctx.reference(coefficients, at, ctx.rule)
+    return list(torch.autograd.grad(result, wanted, grad, create_graph=True, materialize_grads=True))
+
+
+def _call(op: Any, direct: Any, *args: Any) -> Any:
+    return direct(*args) if reg.direct_is_safe() else op(*args)
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+_RULE = "float[] values, Tensor?[] tables, int prediction, float eta, float guidance, bool has_uncond, bool has_noise, float clip"
+
+_update_op = reg.define("update", f"Tensor[] terms, {_RULE}", "Tensor", _update, lambda terms, *_: _new_like(terms[0]))
+_update_out_op = reg.define(
+    "update_out", f"Tensor[] terms, {_RULE}, Tensor(a!) out", "()", _update_out, lambda *_: None
+)
+_backward_op = reg.define(
+    "update_backward", f"Tensor grad, Tensor[] terms, {_RULE}, bool[] need", "Tensor[]", _backward, _backward_fake
+)
