@@ -23,11 +23,14 @@ inline const float* block_of(const void* term, int32_t dtype, int64_t offset, in
   return scratch;
 }
 
-// acc (+)= c * t
-inline void accumulate(float* acc, const float* t, float c, int64_t n, bool first) {
+// acc (+)= c * t. In a clamped step the first term, x, can be absent from the data or from the noise: its zero then
+// means "not there", and an infinite x must not turn into NaN.
+inline void accumulate(float* acc, const float* t, float c, int64_t n, bool first, bool zero_is_absent = false) {
   const vf vc = splat(c);
   int64_t i = 0;
-  if (first) {
+  if (first && zero_is_absent && c == 0) {
+    memset(acc, 0, static_cast<size_t>(n) * sizeof(float));
+  } else if (first) {
     for (; i + kWidth <= n; i += kWidth) store(acc + i, vc * load(t + i));
     for (; i < n; ++i) acc[i] = c * t[i];
   } else {
@@ -77,8 +80,8 @@ inline void update_range(const Update& u, const Terms& terms, int64_t row, int64
     const int64_t n = end - at0 < kBlock ? end - at0 : kBlock;
     for (int i = 0; i < u.count; ++i) {
       const float* v = block_of(u.term[i], u.term_dtype[i], row + at0, n, scratch);
-      accumulate(acc, v, terms.c[i], n, i == 0);
-      if (terms.clamped && (i == 0 || terms.a[i] != 0)) accumulate(x0, v, terms.a[i], n, i == 0);
+      accumulate(acc, v, terms.c[i], n, i == 0, terms.clamped);
+      if (terms.clamped && (i == 0 || terms.a[i] != 0)) accumulate(x0, v, terms.a[i], n, i == 0, true);
     }
     if (terms.clamped)
       for (int64_t i = 0; i < n; ++i) acc[i] += terms.k * fastdiff::clamp(x0[i], terms.clip);
@@ -95,7 +98,7 @@ inline void backward_range(const UpdateBackward& u, const Terms& terms, int64_t 
     if (terms.clamped) {
       for (int i = 0; i < f.count; ++i)
         if (i == 0 || terms.a[i] != 0)
-          accumulate(x0, block_of(f.term[i], f.term_dtype[i], row + at0, n, scratch), terms.a[i], n, i == 0);
+          accumulate(x0, block_of(f.term[i], f.term_dtype[i], row + at0, n, scratch), terms.a[i], n, i == 0, true);
       for (int64_t i = 0; i < n; ++i)
         inside[i] = x0[i] >= -terms.clip && x0[i] <= terms.clip ? terms.k * grad[i] : 0.0f;
     }

@@ -9,7 +9,7 @@
 // Forward mapping. A row lives in registers from its only load on, so the variance takes two exact passes at no cost in
 // bytes. Up to D = 1280 one warp owns a row: its sums are shuffles, no thread ever waits for another warp, and at
 // D = 1152 in 16 bits (DiT-XL) a lane holds five 16-byte vectors, 90 % of them in use, against 56 % when 128 threads
-// hold two each. Four rows share a block, and with it the modulation in L1. Above that 128 or 256 threads own a row.
+// hold two each. Four rows share a block, and with it the modulation in L1. Above that 128 or 512 threads own a row.
 // Operands of other types than x are converted behind a branch that is the same for the whole grid (vec.cuh). Rows
 // that are not aligned, not contiguous or odd take the same kernel one element at a time; D > 8192 takes a kernel that
 // reads the row again for each pass (from L2).
@@ -84,14 +84,20 @@ FD_D float rstd_of(float square, int64_t D, float eps) {
 }
 
 constexpr int kWarpRows = 4;  // rows of a block when a warp owns a row
-constexpr int rows_per_block(int threads) { return threads == 32 ? kWarpRows : 1; }
-constexpr int block_threads(int threads) { return threads == 32 ? 32 * kWarpRows : threads; }
+template <int kThreads>
+constexpr int kRowsPerBlock = kThreads == 32 ? kWarpRows : 1;
+template <int kThreads>
+constexpr int kBlockThreads = kThreads * kRowsPerBlock<kThreads>;
+// Threads that an SM must be able to hold, hence a bound on registers: enough 16-byte loads in flight, and no spills
+// (benchmarks/ptxas_report.py).
+template <int kVec, int kThreads>
+constexpr int kMinBlocks = (kVec == 1 ? 1024 : kVec == 4 ? 512 : 640) / kBlockThreads<kThreads>;
 
 // One row per kThreads threads, kPer vectors of kVec elements per thread. kType: the type of x, branch, residual and y
 // when it is known at compile time, else -1.
 template <int kVec, int kPer, int kThreads, int kType>
-__global__ void __launch_bounds__(block_threads(kThreads)) forward_rows(const AdalnForward a) {
-  constexpr int kWarps = kThreads / 32, kRows = rows_per_block(kThreads);
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads>) forward_rows(const AdalnForward a) {
+  constexpr int kWarps = kThreads / 32, kRows = kRowsPerBlock<kThreads>;
   FD_SHARED(float, buffers, 2 * kWarps);
   int turn = 0;
   const auto sum = [&](float v) {
@@ -225,9 +231,9 @@ __global__ void __launch_bounds__(512) forward_long(const AdalnForward a) {
 
 template <int kVec, int kPer, int kThreads, int kType>
 void launch_rows(const AdalnForward& a, void* stream) {
-  constexpr int kRows = rows_per_block(kThreads);
+  constexpr int kRows = kRowsPerBlock<kThreads>;
   FD_LAUNCH((forward_rows<kVec, kPer, kThreads, kType>), grid_for((a.B * a.N + kRows - 1) / kRows),
-            block_threads(kThreads), 0, stream, a);
+            kBlockThreads<kThreads>, 0, stream, a);
 }
 
 template <int kVec>
@@ -242,14 +248,14 @@ void forward_vectors(const AdalnForward& a, void* stream) {
   if (a.D <= 768) return launch_rows<kVec, 3 * f, 32, kType>(a, stream);
   if (a.D <= 1280) return launch_rows<kVec, 5 * f, 32, kType>(a, stream);
   if (a.D <= 3072) return launch_rows<kVec, 3 * f, 128, kType>(a, stream);
-  if (a.D <= 8192) return launch_rows<kVec, 4 * f, 256, kType>(a, stream);
+  if (a.D <= 8192) return launch_rows<kVec, 2 * f, 512, kType>(a, stream);
   launch_long<kVec>(a, stream);
 }
 
 void forward_elements(const AdalnForward& a, void* stream) {
   if (a.D <= 256) return launch_rows<1, 8, 32, -1>(a, stream);
   if (a.D <= 2048) return launch_rows<1, 8, 256, -1>(a, stream);
-  if (a.D <= 8192) return launch_rows<1, 16, 512, -1>(a, stream);
+  if (a.D <= 8192) return launch_rows<1, 8, 1024, -1>(a, stream);
   launch_long<1>(a, stream);
 }
 
@@ -318,6 +324,7 @@ FD_D void finish_token(const AdalnBackward& a, int64_t b, int64_t n, int64_t i, 
 // A thread owns kPer vectors of kVec columns of a chunk of tokens. kAffine: weight or bias want a gradient.
 template <int kVec, int kPer, bool kAffine>
 __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
+  constexpr bool kLookAhead = !kAffine;  // five sums per column leave no registers for the next row
   constexpr int kMaxWarps = 16;
   FD_SHARED(float, buffers, 2 * 2 * kMaxWarps);
   int turn = 0;
@@ -349,7 +356,7 @@ __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
     };
     float total[kAffine ? kGrads : kDgate + 1][kPer][kVec] = {};
     Token next = {};
-    if (normed) next = fetch_token(begin);
+    if (kLookAhead && normed) next = fetch_token(begin);
     for (int64_t n = begin; n < end; ++n) {
       float dx[kPer][kVec] = {}, hat[kPer][kVec];
       Raw<kVec> grad_residual[kPer];
@@ -362,8 +369,8 @@ __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
         }
       }
       if (normed) {
-        const Token t = next;
-        if (n + 1 < end) next = fetch_token(n + 1);
+        const Token t = kLookAhead ? next : fetch_token(n);
+        if (kLookAhead && n + 1 < end) next = fetch_token(n + 1);
         const Row scale = row_of(a.scale, b, n);
         float s[2] = {0, 0};
 #pragma unroll

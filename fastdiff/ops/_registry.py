@@ -45,11 +45,13 @@ class OpSpec:
         example: ``example(rng, dtype, device) -> (args, kwargs)``, one valid call; shapes, layouts and options are
             drawn from `rng`, so hypothesis can drive and shrink it.
         lower: the torch operator and its arguments for a public call.
-        bound: for a call with float64 tensors, one magnitude tensor per output: the sum of the absolute values that
-            were added up on the way to each element. See `tolerance`.
-        grad_bound: likewise for the gradients, given the upstream gradients; keys name the differentiable arguments.
+        bound: ``bound(dtype, *args, **kwargs) -> (magnitude per output, ...)`` for the call with float64 tensors, the
+            outputs being stored as `dtype`: the sum of the absolute values that meet on the way to each element, so
+            that float32 arithmetic is off by a few units of 2^-24 of it. See `tolerance`.
+        grad_bound: ``grad_bound(dtype, grads, *args, **kwargs) -> {argument: magnitude}``: likewise for the gradients,
+            `grads` being the upstream gradient of every output in float64.
         differentiable: names of the tensor arguments that have gradients.
-        growth: how many float32 roundings pile up in a reduction, e.g. sqrt(D); a function of the call.
+        growth: ``growth(*args, **kwargs)``: how many float32 roundings pile up in a reduction, e.g. sqrt(D).
         bad: calls that must fail: (description, make(args, kwargs) -> (args, kwargs), exception type, words expected
             in the message).
         bytes: bytes that any implementation must move for a call.
@@ -57,7 +59,8 @@ class OpSpec:
         shapes: named shapes for the benchmark, ``name -> make(dtype, device) -> (args, kwargs)``.
         peers: ``name -> prepare(args, kwargs) -> zero-argument function``; `prepare` raises ImportError where the peer
             is not installed and ValueError where it cannot do the call.
-        inplace: name of an argument that ``out=`` may alias, or None.
+        take: ``take(b, args, kwargs) -> (args, kwargs)``, the same call for sample b alone, as a batch of one.
+        inplace: the position of an argument that ``out=`` may be, or None.
     """
 
     name: str
@@ -73,8 +76,12 @@ class OpSpec:
     bytes: Callable[..., int]
     flops: Callable[..., int]
     shapes: dict[str, Callable[[torch.dtype, torch.device], Call]]
+    take: Callable[[int, tuple[Any, ...], dict[str, Any]], Call]
     peers: dict[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
-    inplace: str | None = None
+    inplace: int | None = 0
+
+    def __repr__(self) -> str:
+        return f"OpSpec({self.name})"
 
 
 SPECS: dict[str, OpSpec] = {}
@@ -86,7 +93,14 @@ def add(spec: OpSpec) -> OpSpec:
     return spec
 
 
-def define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str,
+    arguments: str,
+    returns: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    operands: Callable[..., Any] = lambda *args: args,
+) -> Any:
     """Register ``fastdiff::name`` with torch and return its overload.
 
     Args:
@@ -95,10 +109,11 @@ def define(name: str, arguments: str, returns: str, kernel: Callable[..., Any], 
         returns: schema of the result; ``"()"`` for an operator that fills arguments marked ``Tensor(a!)``.
         kernel: the implementation for CPU and CUDA.
         fake: the same for shapes only.
+        operands: which of the arguments must be of a type the kernels serve; all tensors unless given.
     """
 
     def guarded(*args: Any) -> Any:
-        why = _native.reasons(tensors_in(args), hard=True)
+        why = _native.reasons(tensors_in(operands(*args)), hard=True)
         if why:
             raise RuntimeError(f"torch.ops.fastdiff.{name} is native only and cannot serve this call: " + "; ".join(why))
         return kernel(*args)

@@ -55,7 +55,7 @@ def linear_update(
         reg.fail(op, "coefficients", f"one per tensor, {len(tensors)}", len(coefficients))
     if len(tensors) <= MAX_TERMS:
         return _serve(op, coefficients, tensors, None, out, _linear_reference)
-    head = linear_update(coefficients[: MAX_TERMS - 1], [tensors[0].float(), *tensors[1 : MAX_TERMS - 1]])
+    head = linear_update(coefficients[: MAX_TERMS - 1], [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]])
     rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]])
     rest = rest.to(tensors[0].dtype)
     return rest if out is None else out.copy_(rest)
@@ -92,6 +92,8 @@ def euler_step(
     guidance = _number("euler_step", "guidance_scale", guidance_scale)
     if not isinstance(dt, torch.Tensor):
         dt = _number("euler_step", "dt", dt)
+    elif not dt.is_floating_point():  # times the guidance it would become one, unnoticed
+        reg.fail("euler_step", "dt", "a floating-point tensor or a number", dt.dtype, TypeError)
     coefficients = [1.0, dt * guidance, dt * (1.0 - guidance)]
     return _serve("euler_step", coefficients, [x, velocity, uncond], None, out, _linear_reference)
 
@@ -464,14 +466,16 @@ def _new_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, need
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, wanted
 ) -> list[torch.Tensor]:
-    """Gradients of the terms that `need` marks. `terms` is empty when nothing is clamped: the step is linear."""
+    """Gradients of the terms: `wanted` holds each one's dtype code, or -1 where no gradient is wanted.
+
+    `terms` is empty when nothing is clamped: the step is linear.
+    """
     rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
     like = _new_like(grad)
     B, M, (grad, *terms), arguments = _operands([grad, *terms], values, tables, rule, like)
-    dtypes = [t.dtype for t in terms] or [grad.dtype] * len(need)
-    grads = [torch.empty_like(like, dtype=d) if n else None for d, n in zip(dtypes, need, strict=True)]
+    grads = [None if code < 0 else torch.empty_like(like, dtype=_DTYPES[code]) for code in wanted]
     device = grad.get_device()
     if M:
         ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
@@ -480,7 +484,7 @@ def _backward(  # type: ignore[no-untyped-def]
             _native.stream(device) if device >= 0 else 0,
             B,
             M,
-            tuple((t.data_ptr(), _CODES[t.dtype]) for t in terms) or tuple((0, _CODES[d]) for d in dtypes),
+            tuple((t.data_ptr(), _CODES[t.dtype]) for t in terms) or tuple((0, max(code, 0)) for code in wanted),
             arguments,
             prediction >= 0,
             grad.data_ptr(),
@@ -490,11 +494,13 @@ def _backward(  # type: ignore[no-untyped-def]
     return [g for g in grads if g is not None]
 
 
+_DTYPES = list(_CODES)  # by code
+
+
 def _backward_fake(  # type: ignore[no-untyped-def]
-    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, need
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, wanted
 ) -> list[torch.Tensor]:
-    dtypes = [t.dtype for t in terms] or [grad.dtype] * len(need)
-    return [_new_like(grad, d) for d, n in zip(dtypes, need, strict=True) if n]
+    return [_new_like(grad, _DTYPES[code]) for code in wanted if code >= 0]
 
 
 class _Update(torch.autograd.Function):
@@ -505,7 +511,7 @@ class _Update(torch.autograd.Function):
         terms, tables = list(tensors[:count]), list(tensors[count:])
         ctx.values, ctx.rule, ctx.reference, ctx.count = values, rule, reference, count
         ctx.clamped = rule[5] >= 0
-        ctx.dtypes = [t.dtype for t in terms]
+        ctx.codes = [_CODES[t.dtype] for t in terms]
         ctx.save_for_backward(*tables, *(terms if ctx.clamped else []))
         return _call(_update_op, _update, terms, values, tables, *rule)
 
@@ -517,15 +523,16 @@ class _Update(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             full: list[torch.Tensor] = _reference_gradient(ctx, grad, tables, terms)
         else:
-            full = _call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, need)
+            wanted = [code if n else -1 for code, n in zip(ctx.codes, need, strict=True)]
+            full = _call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, wanted)
         found = iter(full)
-        grads = [next(found).to(d) if n else None for n, d in zip(need, ctx.dtypes, strict=True)]
+        grads = [next(found) if n else None for n in need]
         return (None, None, None, None, *grads, *[None] * len(tables))
 
 
 def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same gradients as a differentiable expression. Without a clamp any point will do, so zero it is."""
-    at = terms or [torch.zeros_like(grad, dtype=d, requires_grad=True) for d in ctx.dtypes]
+    at = terms or [torch.zeros_like(grad, dtype=_DTYPES[c], requires_grad=True) for c in ctx.codes]
     coefficients = [v if t is None else t for v, t in zip(ctx.values, tables, strict=True)]
     wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
     result = ctx.reference(coefficients, at, ctx.rule)
@@ -538,12 +545,32 @@ def _call(op: Any, direct: Any, *args: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------------------ registration
 
-_RULE = "float[] values, Tensor?[] tables, int prediction, float eta, float guidance, bool has_uncond, bool has_noise, float clip"
+_RULE = (
+    "float[] values, Tensor?[] tables, int prediction, float eta, float guidance, bool has_uncond, bool has_noise, "
+    "float clip"
+)
 
-_update_op = reg.define("update", f"Tensor[] terms, {_RULE}", "Tensor", _update, lambda terms, *_: _new_like(terms[0]))
+_update_op = reg.define(
+    "update",
+    f"Tensor[] terms, {_RULE}",
+    "Tensor",
+    _update,
+    lambda terms, *_: _new_like(terms[0]),
+    lambda terms, *_: terms,  # the tables may be float64
+)
 _update_out_op = reg.define(
-    "update_out", f"Tensor[] terms, {_RULE}, Tensor(a!) out", "()", _update_out, lambda *_: None
+    "update_out",
+    f"Tensor[] terms, {_RULE}, Tensor(a!) out",
+    "()",
+    _update_out,
+    lambda *_: None,
+    lambda terms, *rest: (terms, rest[-1]),
 )
 _backward_op = reg.define(
-    "update_backward", f"Tensor grad, Tensor[] terms, {_RULE}, bool[] need", "Tensor[]", _backward, _backward_fake
+    "update_backward",
+    f"Tensor grad, Tensor[] terms, {_RULE}, int[] wanted",
+    "Tensor[]",
+    _backward,
+    _backward_fake,
+    lambda grad, terms, *_: (grad, terms),
 )

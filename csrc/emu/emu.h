@@ -1,0 +1,119 @@
+// Runs .cu files on the host: the part of CUDA C++ that csrc/cuda uses, with one fiber per CUDA thread (emu.cpp).
+//
+// What it notices and a CPU port of the kernel would not: threads run one at a time from one synchronisation to the
+// next, in an order drawn from a seed (random warps, random bursts, blocks in random order), so that a missing barrier
+// shows as a wrong result; shared memory is filled with NaN before every block and is allocated at its exact size, so
+// that AddressSanitizer sees an overrun; a barrier or shuffle that not all of its threads reach is an error that says
+// who waits where. What it cannot notice: races within one stretch between synchronisations, memory ordering between
+// blocks, and anything about speed.
+//
+// Instructions without a C++ form (mma, ldmatrix, cp.async, ...) get a wrapper in csrc/cuda with a device body under
+// __CUDA_ARCH__ and a host body beside it; a host body that involves other lanes is built on emu::collective.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+template <typename T>
+inline T __ldg(const T* p) {
+  return *p;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+namespace fastdiff {
+namespace emu {
+
+// The running thread's coordinates.
+struct Position {
+  dim3 thread, block, block_dim, grid_dim;
+};
+extern Position here;
+
+extern int mutation;        // the deliberate mistake in force (csrc/cuda/mutate.cuh)
+extern int64_t grid_limit;  // blocks per launch, so that a test can make a grid loop
+
+void seed(uint64_t value);       // of the schedule; FASTDIFF_EMU_SEED sets the first
+void set_lockstep(bool on);      // threads in index order instead of random order: what a naive emulator would do
+int64_t switches();              // how often a thread was resumed, since the library was loaded
+
+// Runs `body` for every thread of every block. Throws std::runtime_error naming the kernel when the configuration is
+// impossible or when threads wait for each other for ever.
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+
+// The block's array of `bytes` bytes declared at `tag`, poisoned when a block first meets it.
+void* shared(const void* tag, size_t bytes);
+void* dynamic_shared();
+
+void syncthreads(const char* file, int line);
+
+// Meets all lanes of `mask`, which must call with the same mask and site, and returns what lane `source` brought.
+// `source` must be one of them.
+uint64_t collective(unsigned mask, uint64_t value, int source, const char* file, int line);
+
+template <typename T>
+T exchange(unsigned mask, T value, int source, const char* file, int line) {
+  static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = collective(mask, bits, source, file, line);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline int lane() {
+  return static_cast<int>((here.thread.x + here.block_dim.x * (here.thread.y + here.block_dim.y * here.thread.z)) % 32);
+}
+// Lanes outside the warp keep their own value, as the hardware does.
+inline int inside(int source) { return source >= 0 && source < 32 ? source : lane(); }
+
+}  // namespace emu
+}  // namespace fastdiff
+
+#define threadIdx (::fastdiff::emu::here.thread)
+#define blockIdx (::fastdiff::emu::here.block)
+#define blockDim (::fastdiff::emu::here.block_dim)
+#define gridDim (::fastdiff::emu::here.grid_dim)
+
+#define __syncthreads() ::fastdiff::emu::syncthreads(__FILE__, __LINE__)
+#define __syncwarp() ((void)::fastdiff::emu::collective(0xffffffffu, 0, ::fastdiff::emu::lane(), __FILE__, __LINE__))
+#define __shfl_sync(mask, v, source) ::fastdiff::emu::exchange(mask, v, (source) & 31, __FILE__, __LINE__)
+#define __shfl_xor_sync(mask, v, bits) \
+  ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::lane() ^ (bits), __FILE__, __LINE__)
+#define __shfl_down_sync(mask, v, delta)                                                                             \
+  ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::inside(::fastdiff::emu::lane() + static_cast<int>(delta)), \
+                            __FILE__, __LINE__)
+#define __shfl_up_sync(mask, v, delta)                                                                               \
+  ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::inside(::fastdiff::emu::lane() - static_cast<int>(delta)), \
+                            __FILE__, __LINE__)
+
+// Shared arrays (the CUDA forms are in csrc/cuda/launch.cuh). The tag is one per place and template instantiation.
+#define FD_SHARED(type, name, count) \
+  static const char name##_tag = 0;  \
+  type* const name = static_cast<type*>(::fastdiff::emu::shared(&name##_tag, sizeof(type) * (count)))
+#define FD_SHARED_DYNAMIC(type, name) type* const name = static_cast<type*>(::fastdiff::emu::dynamic_shared())

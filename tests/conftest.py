@@ -1,0 +1,16 @@
+"""Test-wide settings. Everything here must happen before torch starts its threads."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci", derandomize=True, max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+settings.register_profile("dev", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+torch.manual_seed(0)

@@ -1,0 +1,470 @@
+"""The laws that every operator obeys, generated from its `OpSpec`.
+
+FASTDIFF_TEST_DEVICE=cuda runs the same laws on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastdiff
+from fastdiff import _native
+from fastdiff.ops import SPECS, OpSpec
+from fastdiff.ops import _registry as reg
+
+DEVICE = torch.device(os.environ.get("FASTDIFF_TEST_DEVICE", "cpu"))
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ISAS = _native.isas() if DEVICE.type == "cpu" else ["gpu"]
+
+pytestmark = pytest.mark.skipif(_native.extension is None, reason="no native extension: only the reference exists")
+every_op = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+every_isa = pytest.mark.parametrize("isa", ISAS)
+rngs = st.randoms(use_true_random=False)
+
+
+@contextlib.contextmanager
+def native(isa: str | None = None) -> Iterator[None]:
+    """Only the native kernels will do, on this instruction set."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(fastdiff.use_backend("native"))
+        if isa not in (None, "gpu"):
+            stack.enter_context(_native.use_isa(str(isa)))
+        yield
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def double(tree: Any) -> Any:
+    return reg.map_tensors(lambda t: t.detach().double(), tree)
+
+
+def arguments(spec: OpSpec, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+    """The differentiable tensors of a call by name: positional in the order of the signature, lists by index."""
+    import inspect
+
+    bound = inspect.signature(spec.function).bind(*args, **kwargs).arguments
+    named = {}
+    for name, value in bound.items():
+        if isinstance(value, (list, tuple)):
+            named.update({f"{name}[{i}]": v for i, v in enumerate(value)})
+        else:
+            named[name] = value
+    return {n: named[n] for n in spec.differentiable if isinstance(named.get(n), torch.Tensor)}
+
+
+def with_grad(args: Any, kwargs: Any, wanted: dict[str, torch.Tensor]) -> Any:
+    """The same call with every wanted tensor requiring a gradient (layouts kept)."""
+    ids = {id(t) for t in wanted.values()}
+    return reg.map_tensors(lambda t: t.detach().requires_grad_() if id(t) in ids else t, (args, kwargs))
+
+
+def upstream(results: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(r.shape, generator=g).to(r.device, r.dtype) for r in results]
+
+
+def assert_within(spec: OpSpec, what: str, got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor,
+                  growth: float) -> None:  # fmt: skip
+    limit = reg.tolerance(want, magnitude, growth, got.dtype)
+    error = (got.double() - want).abs()
+    finite = want.abs() < torch.finfo(got.dtype).max  # what overflows the type is compared in its own law
+    assert torch.isfinite(got[finite]).all(), f"{spec.name}: {what} is not finite where the reference is"
+    worst = ((error - limit)[finite]).max() if finite.any() else torch.tensor(0.0)
+    assert worst <= 0, f"{spec.name}: {what} is off by {(error / limit)[finite].max():.2f} tolerances"
+
+
+@every_isa
+@every_dtype
+@every_op
+@given(rng=rngs)
+def test_equals_the_float64_reference(spec: OpSpec, dtype: torch.dtype, isa: str, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, dtype, DEVICE)
+    with native(isa):
+        got = outputs(spec.function(*args, **kwargs))
+    args64, kwargs64 = double((args, kwargs))
+    want = outputs(spec.reference(*args64, **kwargs64))
+    bounds = spec.bound(dtype, *args64, **kwargs64)
+    for i, (g, w, b) in enumerate(zip(got, want, bounds, strict=True)):
+        assert g.shape == w.shape
+        assert g.dtype == dtype
+        assert_within(spec, f"output {i}", g, w, b, spec.growth(*args64, **kwargs64))
+
+
+@every_isa
+@every_dtype
+@every_op
+@given(rng=rngs)
+def test_gradients_equal_those_of_the_float64_reference(
+    spec: OpSpec, dtype: torch.dtype, isa: str, rng: random.Random
+) -> None:
+    args, kwargs = spec.example(rng, dtype, DEVICE)
+    args, kwargs = with_grad(args, kwargs, arguments(spec, args, kwargs))
+    wanted = arguments(spec, args, kwargs)
+    with native(isa):
+        results = outputs(spec.function(*args, **kwargs))
+        ups = upstream(results, rng.getrandbits(31))
+        got = torch.autograd.grad(results, list(wanted.values()), ups, allow_unused=True)
+    args64, kwargs64 = double((args, kwargs))
+    args64, kwargs64 = with_grad(args64, kwargs64, arguments(spec, args64, kwargs64))
+    leaves = arguments(spec, args64, kwargs64)
+    ups64 = [u.double() for u in ups]
+    want = torch.autograd.grad(
+        outputs(spec.reference(*args64, **kwargs64)), list(leaves.values()), ups64, allow_unused=True
+    )
+    args64, kwargs64 = double((args, kwargs))
+    bounds = spec.grad_bound(dtype, ups64, *args64, **kwargs64)
+    for name, g, w in zip(wanted, got, want, strict=True):
+        if w is None:
+            assert g is None or not g.any(), f"{spec.name}: a gradient of {name} where there is none"
+            continue
+        assert g is not None, f"{spec.name}: no gradient of {name}"
+        assert g.shape == w.shape
+        assert_within(spec, f"gradient of {name}", g, w, bounds[name], spec.growth(*args64, **kwargs64))
+
+
+@every_dtype
+@every_op
+@given(rng=rngs)
+def test_strided_views_equal_contiguous_tensors(spec: OpSpec, dtype: torch.dtype, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, dtype, DEVICE)
+    args_c, kwargs_c = reg.map_tensors(lambda t: t.contiguous(), (args, kwargs))
+    with native():
+        for a, b in zip(outputs(spec.function(*args, **kwargs)), outputs(spec.function(*args_c, **kwargs_c)), strict=True):
+            assert torch.equal(a, b)
+
+
+@every_isa
+@every_dtype
+@every_op
+@given(rng=rngs)
+def test_a_sample_does_not_depend_on_its_batch(spec: OpSpec, dtype: torch.dtype, isa: str, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, dtype, DEVICE)
+    x = reg.tensors_in(args)[0] if not isinstance(args[0], list) else args[1][0]
+    batch = x.shape[0]
+
+    def run(call: Any) -> list[torch.Tensor]:
+        wanted = arguments(spec, *call)
+        call = with_grad(*call, wanted)
+        wanted = arguments(spec, *call)
+        first = next(iter(wanted.values()))
+        results = outputs(spec.function(*call[0], **call[1]))
+        ups = [torch.ones_like(r) for r in results]
+        return [*results, torch.autograd.grad(results, [first], ups)[0]]
+
+    with native(isa):
+        whole = run((args, kwargs))
+        for b in range(batch):
+            alone = run(spec.take(b, args, kwargs))
+            for w, a in zip(whole, alone, strict=True):
+                assert torch.equal(w[b : b + 1], a)
+
+
+def big_call(spec: OpSpec, dtype: torch.dtype) -> Any:
+    """Large enough for every thread to take part."""
+    name = "[8,256,384]" if "[8,256,384]" in spec.shapes else "(8,4,128,128)"
+    return spec.shapes[name](dtype, DEVICE)
+
+
+@every_dtype
+@every_op
+def test_same_bits_on_every_run_and_any_number_of_threads(spec: OpSpec, dtype: torch.dtype) -> None:
+    args, kwargs = big_call(spec, dtype)
+    args, kwargs = with_grad(args, kwargs, arguments(spec, args, kwargs))
+    leaves = list(arguments(spec, args, kwargs).values())
+
+    def run() -> list[torch.Tensor]:
+        results = outputs(spec.function(*args, **kwargs))
+        return [*results, *torch.autograd.grad(results, leaves, upstream(results, 0))]
+
+    threads = torch.get_num_threads()
+    with native():
+        try:
+            torch.set_num_threads(1)
+            first = run()
+            for n in (2, 3, 2):
+                torch.set_num_threads(n)
+                for a, b in zip(first, run(), strict=True):
+                    assert torch.equal(a, b), f"{spec.name} with {n} threads"
+        finally:
+            torch.set_num_threads(threads)
+
+
+@every_op
+@given(rng=rngs)
+def test_the_reference_passes_gradcheck(spec: OpSpec, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, torch.float64, torch.device("cpu"))
+    while sum(t.numel() for t in reg.tensors_in((args, kwargs))) > 400:
+        args, kwargs = spec.example(random.Random(rng.getrandbits(31)), torch.float64, torch.device("cpu"))
+    kwargs = {k: 10.0 if k == "clip_sample" else v for k, v in kwargs.items()}  # no kinks within a difference step
+    call = reg.map_tensors(lambda t: t.double(), (args, kwargs))
+    wanted = arguments(spec, *call)
+    names = list(wanted)
+    ids = [id(t) for t in wanted.values()]
+
+    def f(*leaves: torch.Tensor) -> Any:
+        table = dict(zip(ids, leaves, strict=True))
+        a, k = reg.map_tensors(lambda t: table.get(id(t), t), call)
+        return spec.reference(*a, **k)
+
+    leaves = [t.detach().clone().requires_grad_() for t in wanted.values()]
+    assert names
+    assert torch.autograd.gradcheck(f, leaves, fast_mode=True, check_forward_ad=True, atol=1e-4, rtol=1e-3)
+
+
+@every_dtype
+@every_op
+def test_opcheck(spec: OpSpec, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        args, kwargs = spec.example(random.Random(seed), dtype, DEVICE)
+        if spec.name == "linear_update":  # the operator itself takes up to eight terms
+            args = (args[0][:8], args[1][:8])
+        overload, lowered = spec.lower(*args, **kwargs)
+        torch.library.opcheck(overload, lowered)
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate_stats", "gate_residual_adaln_stats", "adaln_modulate_out",
+                                  "gate_residual_out", "gate_residual_adaln_out", "adaln_backward", "update_out",
+                                  "update_backward"])  # fmt: skip
+def test_opcheck_of_the_operators_behind(name: str) -> None:
+    x, b, s = torch.randn(2, 17, 24), torch.randn(2, 17, 24), torch.randn(2, 24)
+    norm = (x, s, s.clone(), None, None, False, 1e-6)
+    fused = (x, b, s, s.clone(), s.clone(), False, 1e-6)
+    stats = (torch.zeros(2, 17), torch.ones(2, 17))
+    linear = ([0.5, 2.0], [None, torch.rand(2)], -1, 0.0, 1.0, False, False, -1.0)
+    calls: dict[str, tuple[Any, ...]] = {
+        "adaln_modulate_stats": norm,
+        "gate_residual_adaln_stats": fused,
+        "adaln_modulate_out": (*norm, torch.empty_like(x)),
+        "gate_residual_out": (x, b, s, torch.empty_like(x)),
+        "gate_residual_adaln_out": (*fused, torch.empty_like(x), torch.empty_like(x)),
+        "adaln_backward": (x, b, x, b, s, s, s, None, None, *stats, False, [True, False, True, True, True, False, False]),
+        "update_out": ([x, b], *linear, torch.empty_like(x)),
+        "update_backward": (x, [], *linear, [0, 2]),
+    }
+    call = reg.map_tensors(lambda t: t.to(DEVICE), calls[name])
+    torch.library.opcheck(getattr(torch.ops.fastdiff, name).default, call)
+
+
+@every_op
+def test_compiled_whole_equals_eager(spec: OpSpec) -> None:
+    for seed, dtype in ((1, torch.float32), (5, torch.bfloat16)):
+        torch.compiler.reset()
+        args, kwargs = spec.example(random.Random(seed), dtype, DEVICE)
+        args, kwargs = with_grad(args, kwargs, arguments(spec, args, kwargs))
+        leaves = list(arguments(spec, args, kwargs).values())
+        compiled = torch.compile(spec.function, fullgraph=True)
+        results = []
+        with native():
+            for f in (spec.function, compiled):
+                out = outputs(f(*args, **kwargs))
+                grads = torch.autograd.grad(out, leaves, upstream(out, 0))
+                with torch.no_grad():
+                    results.append([*out, *grads, *outputs(f(*args, **kwargs))])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@every_op
+def test_compiled_with_out_writes_it(spec: OpSpec) -> None:
+    args, kwargs = spec.example(random.Random(2), torch.float32, DEVICE)
+    want = outputs(spec.function(*args, **kwargs))
+    out: Any = [torch.full_like(w, float("nan")) for w in want]
+    torch.compile(spec.function, fullgraph=True)(*args, **kwargs, out=out[0] if len(out) == 1 else tuple(out))
+    for w, o in zip(want, out, strict=True):
+        assert torch.equal(w, o)
+
+
+@every_dtype
+@every_op
+def test_empty_tensors(spec: OpSpec, dtype: torch.dtype) -> None:
+    def cut(t: torch.Tensor, dim: int) -> torch.Tensor:
+        return t.narrow(dim, 0, 0) if t.dim() > dim else t
+
+    args, kwargs = spec.shapes[next(iter(spec.shapes))](dtype, DEVICE)
+    for dim in (0, 1, 2):
+        sizes = {t.shape for t in reg.tensors_in((args, kwargs))}
+        # Cutting a modulation [B, D] along N would cut its D; only tensors with that dimension are cut.
+        a, k = reg.map_tensors(
+            lambda t, dim=dim, sizes=sizes: cut(t, dim) if t.dim() > 2 or dim == 0 else (t if dim == 1 else t[:, :0]),
+            (args, kwargs),
+        )
+        a, k = with_grad(a, k, arguments(spec, a, k))
+        with native():
+            results = outputs(spec.function(*a, **k))
+            leaves = list(arguments(spec, a, k).values())
+            grads = torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
+        assert all(r.numel() == 0 for r in results)
+        for g, leaf in zip(grads, leaves, strict=True):
+            assert g.shape == leaf.shape
+            assert not g.any()
+
+
+@every_op
+@given(rng=rngs)
+def test_forward_mode_derivative(spec: OpSpec, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, torch.float32, DEVICE)
+    args, kwargs = reg.map_tensors(lambda t: t.contiguous(), (args, kwargs))  # a dual tensor cannot be an expanded view
+    wanted = arguments(spec, args, kwargs)
+    ids = [id(t) for t in wanted.values()]
+    primals = tuple(t.detach() for t in wanted.values())
+    tangents = tuple(upstream(list(primals), rng.getrandbits(31)))
+
+    def call(function: Any, wide: bool) -> Any:
+        def f(*leaves: torch.Tensor) -> Any:
+            table = dict(zip(ids, leaves, strict=True))
+            a, k = reg.map_tensors(lambda t: table.get(id(t), t.double() if wide else t), (args, kwargs))
+            return function(*a, **k)
+
+        return f
+
+    _, got = torch.func.jvp(call(spec.function, False), primals, tangents)
+    _, want = torch.func.jvp(
+        call(spec.reference, True), tuple(p.double() for p in primals), tuple(t.double() for t in tangents)
+    )
+    for g, w in zip(outputs(got), outputs(want), strict=True):
+        scale = max(w.abs().max().item(), 1e-3)  # the derivative of a norm with tiny variance is huge
+        torch.testing.assert_close(g.double() / scale, w / scale, atol=3e-4, rtol=3e-3)
+
+
+@every_op
+def test_second_derivatives_equal_those_of_the_reference(spec: OpSpec) -> None:
+    checked = 0
+    for seed in range(30):
+        args, kwargs = spec.example(random.Random(seed), torch.float32, DEVICE)
+        if "norm" in kwargs and args[0].shape[-1] < 16:
+            continue  # normalising a handful of values: their second derivative is a difference of large numbers
+        found = []
+        for function, call in ((spec.function, (args, kwargs)), (spec.reference, double((args, kwargs)))):
+            a, k = with_grad(*call, arguments(spec, *call))
+            leaves = list(arguments(spec, a, k).values())
+            results = outputs(function(*a, **k))
+            first = torch.autograd.grad(sum(r.square().sum() for r in results), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum((g * g).sum() for g in first), leaves, allow_unused=True))
+        for g, w in zip(*found, strict=True):
+            assert (g is None) == (w is None)
+            if w is not None:
+                scale = max(w.abs().max().item(), 1e-6)
+                torch.testing.assert_close(g.double() / scale, w / scale, atol=1e-3, rtol=1e-3)
+        checked += 1
+    assert checked >= 8
+
+
+BAD = [(spec, *bad) for spec in SPECS.values() for bad in spec.bad]
+
+
+@pytest.mark.parametrize(("spec", "what", "make", "kind", "words"), BAD, ids=[f"{b[0].name}-{b[1]}" for b in BAD])
+def test_bad_input_is_named(spec: OpSpec, what: str, make: Any, kind: type[Exception], words: tuple[str, ...]) -> None:
+    shape = "[1,16,1152]" if "[1,16,1152]" in spec.shapes else "(1,4,64,64)"
+    args, kwargs = make(*spec.shapes[shape](torch.float32, DEVICE))
+    for backend in ("auto", "reference"):
+        with fastdiff.use_backend(backend), pytest.raises(kind) as caught:
+            spec.function(*args, **kwargs)
+        for word in (f"{spec.name}: ", "expected ", "got ", *words):
+            assert word in str(caught.value), f"{word!r} is missing in: {caught.value}"
+
+
+@every_dtype
+@every_op
+@given(rng=rngs)
+def test_out_is_written_and_may_be_the_input(spec: OpSpec, dtype: torch.dtype, rng: random.Random) -> None:
+    args, kwargs = spec.example(rng, dtype, DEVICE)
+    want = outputs(spec.function(*args, **kwargs))
+    # A view into a larger tensor whose surroundings must survive.
+    frames = [torch.full([n + 2 for n in w.shape], 7.0, dtype=dtype, device=DEVICE) for w in want]
+    outs = []
+    for f, w in zip(frames, want, strict=True):
+        for d, n in enumerate(w.shape):
+            f = f.narrow(d, 1, n)
+        outs.append(f)
+    with native():
+        result = spec.function(*args, **kwargs, out=outs[0] if len(outs) == 1 else tuple(outs))
+    for r, o, w, f in zip(outputs(result), outs, want, frames, strict=True):
+        assert r.data_ptr() == o.data_ptr()
+        assert torch.equal(o, w)
+        o.fill_(7.0)
+        assert (f == 7.0).all(), "out= wrote outside its tensor"
+    if spec.inplace is not None:
+        x = args[spec.inplace].clone(memory_format=torch.contiguous_format)
+        rest = [x if i == spec.inplace else a for i, a in enumerate(args)]
+        with native():
+            spec.function(*rest, **kwargs, out=x)
+        assert torch.equal(x, want[0])
+
+
+@every_isa
+@every_dtype
+@every_op
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_propagate_like_the_reference(
+    spec: OpSpec, dtype: torch.dtype, isa: str, value: float
+) -> None:
+    for seed in range(6):
+        args, kwargs = spec.example(random.Random(seed), dtype, DEVICE)
+        args, kwargs = reg.map_tensors(lambda t: t.clone(), (args, kwargs))
+        victims = list(arguments(spec, args, kwargs).values())
+        # An infinity in x only: guidance is one coefficient per term here, u + g (c - u) there, and inf - inf is NaN.
+        victim = victims[seed % len(victims)] if value != value else victims[0]
+        victim[tuple(n // 2 for n in victim.shape)] = value
+        with native(isa):
+            got = outputs(spec.function(*args, **kwargs))
+        for g, w in zip(got, outputs(spec.reference(*args, **kwargs)), strict=True):
+            assert torch.equal(torch.isnan(g), torch.isnan(w))
+            assert torch.equal(torch.isinf(g), torch.isinf(w))
+
+
+@every_op
+def test_float64_runs_on_the_reference_and_native_says_why_not(spec: OpSpec) -> None:
+    args, kwargs = reg.map_tensors(lambda t: t.double(), spec.example(random.Random(0), torch.float32, DEVICE))
+    for a, b in zip(outputs(spec.function(*args, **kwargs)), outputs(spec.reference(*args, **kwargs)), strict=True):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert any("float64" in why for why in fastdiff.explain(spec.name, *args, **kwargs))
+    with fastdiff.use_backend("native"), pytest.raises(RuntimeError, match="float64"):
+        spec.function(*args, **kwargs)
+
+
+@every_op
+def test_tensor_subclasses_and_the_profiler_see_the_operator(spec: OpSpec) -> None:
+    args, kwargs = spec.example(random.Random(0), torch.float32, DEVICE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        spec.function(*args, **kwargs)
+    assert any(event.key.startswith("fastdiff::") for event in profile.key_averages())
+
+
+def test_fused_is_bitwise_its_two_parts() -> None:
+    fused, parts = SPECS["gate_residual_adaln"], SPECS["gate_residual"]
+    for dtype in DTYPES:
+        for seed in range(10):
+            (x, branch, gate, shift, scale), kwargs = fused.example(random.Random(seed), dtype, DEVICE)
+            r, y = fused.function(x, branch, gate, shift, scale, **kwargs)
+            r2 = parts.function(x, branch, gate)
+            assert torch.equal(r, r2)
+            assert torch.equal(y, fastdiff.ops.adaln_modulate(r2, shift, scale, **kwargs))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@every_op
+def test_cuda_graph_replay(spec: OpSpec) -> None:
+    args, kwargs = spec.shapes[next(iter(spec.shapes))](torch.bfloat16, DEVICE)
+    want = outputs(spec.function(*args, **kwargs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = outputs(spec.function(*args, **kwargs))
+    for g in got:
+        g.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
