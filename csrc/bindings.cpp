@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "dlpack.h"
 #include "fastdiff.h"
 
 namespace py = pybind11;
@@ -149,6 +150,131 @@ void update_backward(int device, uintptr_t stream, int64_t B, int64_t M, const p
   launch(u, device, stream, &cpu::update_backward, FD_CUDA(update_backward));
 }
 
+// ---------------------------------------------------------------------------------------------- the fast way in
+// Takes tensors themselves and serves the calls that need no thought: everything of the expected shape, one device,
+// native types, outputs contiguous. For anything else it returns false, having touched nothing, and fastdiff/ops goes
+// the ordinary way, which validates and names what is wrong.
+
+const dlpack::ExchangeTable* exchange = nullptr;
+
+bool connect(const py::object& tensor_type) {
+  const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) return false;
+  auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (table == nullptr) {
+    PyErr_Clear();  // a table of another name is a table we cannot read
+    return false;
+  }
+  if (table->major != 1 || table->describe == nullptr || table->current_stream == nullptr) return false;
+  exchange = table;
+  return true;
+}
+
+bool describe(const py::handle& h, dlpack::Tensor* t) {
+  if (exchange->describe(h.ptr(), t) == 0) return true;
+  PyErr_Clear();  // e.g. a tensor without storage: the ordinary way reports it
+  return false;
+}
+
+// Device index and stream for the kernels; false where they do not run.
+bool place(const dlpack::Tensor& t, int* device, void** stream) {
+  *device = -1, *stream = nullptr;
+  if (t.device.type == 1) return true;
+#ifdef FASTDIFF_CUDA
+  if (t.device.type == 2) {
+    *device = t.device.id;
+    if (exchange->current_stream(2, t.device.id, stream) == 0) return true;
+    PyErr_Clear();
+  }
+#endif
+  return false;
+}
+
+// `h` seen as [B, N, D] next to x: of its very shape, or (broadcast) a modulation; [D] alone for a parameter.
+enum Role { kWhole, kModulation, kParameter };
+bool fast_view(const py::handle& h, Role role, const dlpack::Tensor& x, View* v) {
+  if (h.is_none()) return true;
+  dlpack::Tensor t;
+  if (!describe(h, &t) || !t.same_device(x) || (v->dtype = t.code()) < 0) return false;
+  const int64_t B = x.shape[0], N = x.shape[1], D = x.shape[2];
+  if (t.ndim < 1 || t.shape[t.ndim - 1] != D) return false;
+  v->data = t.pointer();
+  v->sd = t.strides[t.ndim - 1];
+  if (t.ndim == 1) return role != kWhole;
+  if (role == kParameter) return false;
+  if (t.ndim == 2) {
+    if (role == kWhole || (t.shape[0] != B && t.shape[0] != 1)) return false;
+    v->sb = t.shape[0] == 1 ? 0 : t.strides[0];
+    return true;
+  }
+  if (t.ndim != 3 || (role == kWhole && !t.same_shape(x))) return false;
+  if ((t.shape[0] != B && t.shape[0] != 1) || (t.shape[1] != N && t.shape[1] != 1)) return false;
+  v->sb = t.shape[0] == 1 ? 0 : t.strides[0], v->sn = t.shape[1] == 1 ? 0 : t.strides[1];
+  return true;
+}
+
+bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, py::handle gate, py::handle shift,
+                py::handle scale, py::handle weight, py::handle bias, py::handle residual, py::handle y) {
+  dlpack::Tensor tx;
+  int device;
+  void* stream;
+  if (!PyFloat_CheckExact(epsilon.ptr())) return false;
+  const double eps = PyFloat_AS_DOUBLE(epsilon.ptr());
+  if (!(eps >= 0 && eps < 1e30) || !describe(x, &tx) || tx.ndim != 3 || !tx.contiguous() || tx.numel() == 0 ||
+      !place(tx, &device, &stream))
+    return false;
+  AdalnForward a;
+  a.B = tx.shape[0], a.N = tx.shape[1], a.D = tx.shape[2], a.rms = rms, a.eps = static_cast<float>(eps);
+  if (!fast_view(x, kWhole, tx, &a.x) || !fast_view(branch, kWhole, tx, &a.branch) ||
+      !fast_view(gate, kModulation, tx, &a.gate) || !fast_view(shift, kModulation, tx, &a.shift) ||
+      !fast_view(scale, kModulation, tx, &a.scale) || !fast_view(weight, kParameter, tx, &a.weight) ||
+      !fast_view(bias, kParameter, tx, &a.bias) || !fast_view(residual, kWhole, tx, &a.residual) ||
+      !fast_view(y, kWhole, tx, &a.y))
+    return false;
+  launch(a, device, reinterpret_cast<uintptr_t>(stream), &cpu::adaln_forward, FD_CUDA(adaln_forward));
+  return true;
+}
+
+// rule: None for a linear update, else (prediction, eta, guidance, has_uncond, has_noise, clip); coefficients are floats.
+bool fast_update(const py::list& terms, const py::list& coefficients, const py::object& rule, py::handle out) {
+  dlpack::Tensor to, t;
+  Update u;
+  int device;
+  void* stream;
+  u.count = static_cast<int32_t>(terms.size());
+  if (u.count < 1 || u.count > kMaxTerms || !describe(out, &to) || !to.contiguous() || !place(to, &device, &stream))
+    return false;
+  for (int i = 0; i < u.count; ++i) {
+    if (!describe(terms[i], &t) || !t.same_device(to) || !t.same_shape(to) || !t.contiguous()) return false;
+    u.term[i] = t.pointer();
+    if ((u.term_dtype[i] = t.code()) < 0) return false;
+  }
+  double c[kMaxTerms];
+  const int numbers = static_cast<int>(coefficients.size());
+  if (numbers > kMaxTerms) return false;
+  for (int i = 0; i < numbers; ++i) {
+    const py::handle h = coefficients[i];
+    if (!PyFloat_CheckExact(h.ptr())) return false;
+    c[i] = PyFloat_AS_DOUBLE(h.ptr());
+    if (!(c[i] > -1e300 && c[i] < 1e300)) return false;
+  }
+  u.B = 1, u.M = to.numel(), u.out = to.pointer(), u.out_dtype = to.code();
+  if (u.M == 0) return false;
+  if (rule.is_none()) {
+    if (numbers != u.count) return false;
+    for (int i = 0; i < numbers; ++i) u.c[i].value = c[i];
+  } else {
+    if (numbers != 2) return false;
+    const py::tuple r = rule;
+    u.kind = kDdim, u.alpha_bar.value = c[0], u.alpha_bar_next.value = c[1];
+    u.prediction = r[0].cast<int32_t>(), u.eta = r[1].cast<double>(), u.guidance = r[2].cast<double>();
+    u.has_uncond = r[3].cast<bool>(), u.has_noise = r[4].cast<bool>(), u.clip = r[5].cast<double>();
+    if (u.count != 2 + u.has_uncond + u.has_noise) return false;
+  }
+  launch(u, device, reinterpret_cast<uintptr_t>(stream), &cpu::update, FD_CUDA(update));
+  return true;
+}
+
 }  // namespace
 
 #ifndef FASTDIFF_MODULE
@@ -161,6 +287,9 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   m.def("adaln_backward", &adaln_backward);
   m.def("update", &update);
   m.def("update_backward", &update_backward);
+  m.def("connect", &connect);
+  m.def("fast_adaln", &fast_adaln);
+  m.def("fast_update", &fast_update);
   m.attr("chunk") = kChunk;
   m.def("isas", [] {
     py::list names;

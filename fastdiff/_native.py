@@ -36,6 +36,9 @@ if backend not in BACKENDS:
 # The module that serves device tensors; the emulator's tests put theirs here, and CPU tensors then count as device 0.
 emulated: ModuleType | None = None
 
+# The fast way in (csrc/dlpack.h): the extension reads tensors by itself. None where torch or the build cannot.
+fast: ModuleType | None = extension if extension and extension.connect(torch.Tensor) else None
+
 _warned = False
 
 

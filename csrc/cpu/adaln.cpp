@@ -35,8 +35,14 @@ inline float reduce_row(int64_t D, const Term& term) {
 // Loads one vector or one float, by the type of the second argument; lets a formula be written once.
 inline vf pick(const float* p, int64_t i, vf) { return load(p + i); }
 inline float pick(const float* p, int64_t i, float) { return p[i]; }
-inline void put(float* p, int64_t i, vf v) { store(p + i, v); }
-inline void put(float* p, int64_t i, float v) { p[i] = v; }
+template <typename T>
+inline void put(T* p, int64_t i, vf v) {
+  store(p + i, v);
+}
+template <typename T>
+inline void put(T* p, int64_t i, float v) {
+  p[i] = from_float<T>(v);
+}
 
 template <typename Step>
 inline void each(int64_t D, const Step& step) {
@@ -76,6 +82,34 @@ struct Scratch {
 inline char* element(const View& v, int64_t b, int64_t n) { return at(v.data, v.dtype, b * v.sb + n * v.sn); }
 inline bool direct(const View& v) { return v.dtype == kF32 && v.sd == 1; }
 
+// Calls write(out) with `out` of the row's own type, so that results are stored as they are computed; a row with a
+// stride goes through scratch.
+template <typename Write>
+inline void write_row(const View& v, int64_t b, int64_t n, int64_t D, float* scratch, const Write& write) {
+  char* row = element(v, b, n);
+  if (v.sd != 1) {
+    write(scratch);
+    narrow(row, scratch, v.dtype, D, v.sd);
+  } else if (v.dtype == kF32) {
+    write(reinterpret_cast<float*>(row));
+  } else if (v.dtype == kF16) {
+    write(reinterpret_cast<f16*>(row));
+  } else {
+    write(reinterpret_cast<bf16*>(row));
+  }
+}
+
+inline vf stored(vf v, float*, int64_t) { return v; }
+inline float stored(float v, float*, int64_t) { return v; }
+template <typename T>
+inline vf stored(vf, T* out, int64_t i) {
+  return load(out + i);
+}
+template <typename T>
+inline float stored(float, T* out, int64_t i) {
+  return to_float(out[i]);
+}
+
 inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* in, float* r_scratch, float* y_scratch) {
   const int64_t D = a.D;
   const float* r = in[0].row(b, n, D);
@@ -83,13 +117,18 @@ inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* 
     const float *x = r, *branch = in[1].row(b, n, D), *gate = in[2].row(b, n, D);
     // When the residual is stored in 16 bits the norm sees the rounded value: what gate_residual followed by
     // adaln_modulate computes, and what the backward pass reads.
-    float* out = direct(a.residual) ? reinterpret_cast<float*>(element(a.residual, b, n)) : r_scratch;
-    each(D, [&](int64_t i, auto k) { put(out, i, pick(x, i, k) + pick(gate, i, k) * pick(branch, i, k)); });
-    if (!direct(a.residual)) {
-      narrow(element(a.residual, b, n), out, a.residual.dtype, D, a.residual.sd);
-      if (a.residual.dtype != kF32) widen(out, element(a.residual, b, n), a.residual.dtype, D, a.residual.sd);
-    }
-    r = out;
+    const bool in_place = direct(a.residual);
+    float* kept = in_place ? reinterpret_cast<float*>(element(a.residual, b, n)) : r_scratch;
+    write_row(a.residual, b, n, D, y_scratch, [&](auto* out) {
+      each(D, [&](int64_t i, auto k) {
+        const auto v = pick(x, i, k) + pick(gate, i, k) * pick(branch, i, k);
+        put(out, i, v);
+        if (!in_place) put(kept, i, stored(v, out, i));
+      });
+    });
+    if (a.residual.sd != 1 && a.residual.dtype != kF32)
+      widen(kept, element(a.residual, b, n), a.residual.dtype, D, a.residual.sd);
+    r = kept;
   }
   if (a.scale.data == nullptr) return;
   const float inv_d = 1.0f / static_cast<float>(D);
@@ -110,20 +149,20 @@ inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* 
   if (a.mean != nullptr) a.mean[b * a.N + n] = mean, a.rstd[b * a.N + n] = rstd;
   const float *shift = in[3].row(b, n, D), *scale = in[4].row(b, n, D);
   const float *weight = in[5].row(0, 0, D), *bias = in[6].row(0, 0, D);
-  float* y = direct(a.y) ? reinterpret_cast<float*>(element(a.y, b, n)) : y_scratch;
-  if (weight == nullptr && bias == nullptr) {
-    each(D, [&](int64_t i, auto k) {
-      put(y, i, (pick(r, i, k) - mean) * rstd * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
-    });
-  } else {
-    each(D, [&](int64_t i, auto k) {
-      auto v = (pick(r, i, k) - mean) * rstd;
-      if (weight != nullptr) v *= pick(weight, i, k);
-      if (bias != nullptr) v += pick(bias, i, k);
-      put(y, i, v * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
-    });
-  }
-  if (!direct(a.y)) narrow(element(a.y, b, n), y, a.y.dtype, D, a.y.sd);
+  write_row(a.y, b, n, D, y_scratch, [&](auto* y) {
+    if (weight == nullptr && bias == nullptr) {
+      each(D, [&](int64_t i, auto k) {
+        put(y, i, (pick(r, i, k) - mean) * rstd * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
+      });
+    } else {
+      each(D, [&](int64_t i, auto k) {
+        auto v = (pick(r, i, k) - mean) * rstd;
+        if (weight != nullptr) v *= pick(weight, i, k);
+        if (bias != nullptr) v += pick(bias, i, k);
+        put(y, i, v * (1.0f + pick(scale, i, k)) + pick(shift, i, k));
+      });
+    }
+  });
 }
 
 // A gradient of a broadcast operand, for one row: a pointer to add to (chunk workspace) or to write (per token).

@@ -1,15 +1,14 @@
 """One place where operators meet torch: specs, registration, and who serves a call.
 
-A call takes one of four routes:
+A call takes one of these routes:
 
+- **fast**: plain tensors, no gradient, no mode active: straight into the extension, which reads the tensors itself
+  (csrc/dlpack.h). Dispatching to Python costs 2.7 µs a call, more than everything else in a small op together.
+- **op**: the `torch.library` operator, for tracing (`torch.compile`, `torch.export`, fake tensors), tensor subclasses
+  and the profiler; and the very function registered for it, called directly, where only the layout was unusual.
+- **grad**: an `autograd.Function` around the native kernels, entered only when a gradient is needed.
 - **reference**: the plain PyTorch formula. Chosen by ``use_backend("reference")``, when the native kernels cannot
   serve the call, and under forward-mode derivatives and functorch transforms, where it *is* the derivative.
-- **grad**: an `autograd.Function` around the native kernels, entered only when a gradient is needed.
-- **op**: the `torch.library` operator, for tracing (`torch.compile`, `torch.export`, fake tensors), tensor subclasses
-  and the profiler.
-- **direct**: the very function registered for that operator, called without the dispatcher. Dispatching to Python
-  costs 2.7 µs a call, more than everything else in a small op together; plain tensors with no mode active do not
-  need it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from fastdiff import _native
 Tensors = Sequence[torch.Tensor | None]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # args, kwargs of the public function
 
-REFERENCE, GRAD, OP, DIRECT = "reference", "grad", "op", "direct"
+REFERENCE, GRAD, OP = "reference", "grad", "op"
 
 library = torch.library.Library("fastdiff", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -143,19 +142,15 @@ def route(op: str, required: Tensors, optional: Tensors = ()) -> str:
     if _native.backend == "reference" or _native.extension is None or transforms_active():
         return _fallback(op, (*required, *optional))
     dtypes, grad = _native.DTYPES, torch.is_grad_enabled()
-    needs_grad, plain = False, True
+    needs_grad = False
     for t in (*required, *[o for o in optional if o is not None]) if optional else required:
-        if type(t) not in _PLAIN:
-            if not isinstance(t, torch.Tensor):
-                return REFERENCE
-            plain = False
+        if not isinstance(t, torch.Tensor):
+            return REFERENCE
         if t.dtype not in dtypes or not (t.is_cpu or (t.is_cuda and _has_cuda)):
             return _fallback(op, (*required, *optional))
         if grad and t.requires_grad:
             needs_grad = True
-    if needs_grad:
-        return GRAD
-    return DIRECT if plain and direct_is_safe() else OP
+    return GRAD if needs_grad else OP
 
 
 _has_cuda = bool(_native.extension and _native.extension.build_info()["cuda"])
@@ -169,6 +164,38 @@ def direct_is_safe() -> bool:
         or _profiler._is_profiler_enabled
         or torch._C._len_torch_function_stack()
     )
+
+
+def fast(*tensors: Any) -> Any:
+    """The extension's fast entry points, or None where a call on these tensors may need more thought.
+
+    They take plain tensors that need no gradient, with no mode, tracer or transform active; what else could be wrong
+    with a call they find themselves, and decline.
+    """
+    entry = _native.fast
+    if (
+        entry is None
+        or torch.compiler.is_compiling()
+        or _native.backend == "reference"
+        or _native.emulated is not None
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or _profiler._is_profiler_enabled
+        or torch._C._len_torch_function_stack()
+    ):
+        return None
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) not in _PLAIN or (grad and t.requires_grad):
+            return None
+    return entry
+
+
+def call(op: Any, kernel: Callable[..., Any], *args: Any) -> Any:
+    """The registered operator, or its kernel directly where going around the dispatcher is safe."""
+    plain = direct_is_safe() and all(type(t) in _PLAIN for t in tensors_in(args))
+    return kernel(*args) if plain else op(*args)
 
 
 def _fallback(op: str, tensors: Tensors) -> str:
@@ -254,7 +281,7 @@ def check_out(op: str, out: object, like: torch.Tensor, inputs: Tensors, may_ali
         fail(op, "out", f"dtype {like.dtype}", out.dtype, TypeError)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
         fail(op, "out", "no argument that requires a gradient (out= is not differentiable)", "one that does")
-    if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+    if not out.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
         fail(op, "out", "a tensor whose elements are distinct in memory", f"strides {out.stride()}")
     for t in inputs:
         if t is None or not overlaps(out, t):
@@ -272,7 +299,7 @@ def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
     def span(t: torch.Tensor) -> tuple[int, int]:
-        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
     (a0, a1), (b0, b1) = span(a), span(b)

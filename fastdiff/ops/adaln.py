@@ -14,6 +14,7 @@ import random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastdiff import _native
 from fastdiff.ops import _registry as reg
@@ -62,21 +63,23 @@ def adaln_modulate(
         TypeError: an argument is not a floating-point tensor.
     """
     rms = _rms("adaln_modulate", norm)
+    if out is None and weight is None and bias is None and (fast := reg.fast(x, shift, scale)):
+        y = torch.empty_like(x)
+        if fast.fast_adaln(rms, eps, x, None, None, shift, scale, None, None, None, y):
+            return y
     way = reg.route("adaln_modulate", (x, shift, scale), (weight, bias))
-    if way is reg.DIRECT and out is None:
-        return _modulate(x, shift, scale, weight, bias, rms, eps)
     _check("adaln_modulate", x, None, None, shift, scale, weight, bias, eps)
     if out is not None:
         reg.check_out("adaln_modulate", out, x, (x, shift, scale, weight, bias), may_alias=(x,))
         if way is reg.REFERENCE:
             return out.copy_(adaln_modulate_reference(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps))
-        _modulate_out_op(x, shift, scale, weight, bias, rms, eps, out)
+        reg.call(_modulate_out_op, _modulate_out, x, shift, scale, weight, bias, rms, eps, out)
         return out
     if way is reg.REFERENCE:
         return adaln_modulate_reference(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps)
     if way is reg.GRAD:
         return _Adaln.apply(x, None, None, shift, scale, weight, bias, rms, eps)
-    return _modulate_op(x, shift, scale, weight, bias, rms, eps)
+    return reg.call(_modulate_op, _modulate, x, shift, scale, weight, bias, rms, eps)
 
 
 def gate_residual(
@@ -97,21 +100,23 @@ def gate_residual(
         ValueError: a shape or device does not fit, or `out` overlaps an input.
         TypeError: an argument is not a floating-point tensor.
     """
+    if out is None and (fast := reg.fast(x, branch, gate)):
+        r = torch.empty_like(x)
+        if fast.fast_adaln(False, 0.0, x, branch, gate, None, None, None, None, r, None):
+            return r
     way = reg.route("gate_residual", (x, branch, gate))
-    if way is reg.DIRECT and out is None:
-        return _gate_residual(x, branch, gate)
     _check("gate_residual", x, branch, gate, None, None, None, None, 0.0)
     if out is not None:
         reg.check_out("gate_residual", out, x, (x, branch, gate), may_alias=(x, branch))
         if way is reg.REFERENCE:
             return out.copy_(gate_residual_reference(x, branch, gate))
-        _gate_residual_out_op(x, branch, gate, out)
+        reg.call(_gate_residual_out_op, _gate_residual_out, x, branch, gate, out)
         return out
     if way is reg.REFERENCE:
         return gate_residual_reference(x, branch, gate)
     if way is reg.GRAD:
         return _Adaln.apply(x, branch, gate, None, None, None, None, False, 0.0)
-    return _gate_residual_op(x, branch, gate)
+    return reg.call(_gate_residual_op, _gate_residual, x, branch, gate)
 
 
 def gate_residual_adaln(
@@ -149,9 +154,11 @@ def gate_residual_adaln(
     """
     rms = _rms("gate_residual_adaln", norm)
     tensors = (x, branch, gate, shift, scale)
+    if out is None and (fast := reg.fast(x, branch, gate, shift, scale)):
+        r, y = torch.empty_like(x), torch.empty_like(x)
+        if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
+            return r, y
     way = reg.route("gate_residual_adaln", tensors)
-    if way is reg.DIRECT and out is None:
-        return _gate_residual_adaln(x, branch, gate, shift, scale, rms, eps)
     _check("gate_residual_adaln", x, branch, gate, shift, scale, None, None, eps)
     if out is not None:
         if not (isinstance(out, (tuple, list)) and len(out) == 2):
@@ -161,13 +168,14 @@ def gate_residual_adaln(
         if way is reg.REFERENCE:
             r, y = gate_residual_adaln_reference(x, branch, gate, shift, scale, norm=norm, eps=eps)
             return out[0].copy_(r), out[1].copy_(y)
-        _gate_residual_adaln_out_op(x, branch, gate, shift, scale, rms, eps, out[0], out[1])
+        args = (x, branch, gate, shift, scale, rms, eps, out[0], out[1])
+        reg.call(_gate_residual_adaln_out_op, _gate_residual_adaln_out, *args)
         return out[0], out[1]
     if way is reg.REFERENCE:
         return gate_residual_adaln_reference(x, branch, gate, shift, scale, norm=norm, eps=eps)
     if way is reg.GRAD:
         return _Adaln.apply(x, branch, gate, shift, scale, None, None, rms, eps)
-    return _gate_residual_adaln_op(x, branch, gate, shift, scale, rms, eps)
+    return reg.call(_gate_residual_adaln_op, _gate_residual_adaln, x, branch, gate, shift, scale, rms, eps)
 
 
 # ------------------------------------------------------------------------------------------------------- references
@@ -184,14 +192,16 @@ def adaln_modulate_reference(
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """`adaln_modulate` in plain PyTorch: any device, float64 included, differentiable to any order."""
-    h = x.to(_wide(x))
-    if norm == "layer":
-        h = h - h.mean(-1, keepdim=True)
-    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        h = h * weight.to(h.dtype)
-    if bias is not None:
-        h = h + bias.to(h.dtype)
+    wide, width = _wide(x), (x.shape[-1],)
+    weight = None if weight is None else weight.to(wide)
+    bias = None if bias is None else bias.to(wide)
+    if x.numel() == 0:  # torch's norms refuse a row of no elements
+        h = x.to(wide)
+    elif norm == "layer":
+        h = F.layer_norm(x.to(wide), width, weight, bias, eps)
+    else:
+        h = F.rms_norm(x.to(wide), width, weight, eps)
+        h = h if bias is None else h + bias
     return (h * (1 + _rows(scale).to(h.dtype)) + _rows(shift).to(h.dtype)).to(x.dtype)
 
 
@@ -579,13 +589,13 @@ class _Adaln(torch.autograd.Function):
         mean = rstd = None
         result: Any
         if gate is None:
-            y, mean, rstd = _call(_modulate_stats_op, _modulate_stats, x, shift, scale, weight, bias, rms, eps)
+            y, mean, rstd = reg.call(_modulate_stats_op, _modulate_stats, x, shift, scale, weight, bias, rms, eps)
             r, result = x, y
         elif scale is None:
             # dx and dbranch need neither x nor the result, but a tensor of their shape and type must be kept: x.
-            r, result = x, _call(_gate_residual_op, _gate_residual, x, branch, gate)
+            r, result = x, reg.call(_gate_residual_op, _gate_residual, x, branch, gate)
         else:
-            r, y, mean, rstd = _call(
+            r, y, mean, rstd = reg.call(
                 _gate_residual_adaln_stats_op, _gate_residual_adaln_stats, x, branch, gate, shift, scale, rms, eps
             )
             result = (r, y)
@@ -615,16 +625,12 @@ class _Adaln(torch.autograd.Function):
             )
             return (*(g if n else None for g, n in zip(full, need, strict=True)), None, None)
         found = iter(
-            _call(
+            reg.call(
                 _backward_op, _backward,
                 grad_y, grad_residual, r, branch, gate, shift, scale, weight, bias, mean, rstd, ctx.rms, need,
             )
         )  # fmt: skip
         return (*(next(found) if n else None for n in need), None, None)
-
-
-def _call(op: Any, direct: Any, *args: Any) -> Any:
-    return direct(*args) if reg.direct_is_safe() else op(*args)
 
 
 # ------------------------------------------------------------------------------------------------------ registration

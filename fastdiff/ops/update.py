@@ -158,7 +158,8 @@ def ddim_step(
         terms.append(uncond)
     if eta > 0:
         terms.append(noise)  # type: ignore[arg-type]
-    _check_levels(alpha_bar, alpha_bar_next, prediction, eta)
+    if not (type(alpha_bar) is type(alpha_bar_next) is float and 0.0 < alpha_bar < 1.0 and 0.0 < alpha_bar_next <= 1.0):
+        _check_levels(alpha_bar, alpha_bar_next, prediction, eta)
     rule = (PREDICTIONS[prediction], eta, guidance, uncond is not None, eta > 0, clip)
     return _serve(op, [alpha_bar, alpha_bar_next], terms, rule, out, _ddim_reference)
 
@@ -349,14 +350,11 @@ def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any
 def _serve(
     op: str, coefficients: list[Any], terms: list[Any], rule: Any, out: torch.Tensor | None, reference: Any
 ) -> torch.Tensor:
+    if out is None and (fast := reg.fast(*terms)):
+        result = torch.empty_like(terms[0])
+        if fast.fast_update(terms, coefficients, rule, result):
+            return result
     way = reg.route(op, terms)
-    if way is reg.DIRECT and out is None and _all_numbers(coefficients):
-        x = terms[0]
-        shape, device = x.shape, x.get_device()
-        for t in terms[1:]:
-            if t.shape != shape or t.get_device() != device:
-                _check(op, coefficients, terms, rule)
-        return _update(terms, coefficients, None, *(rule or _LINEAR))
     checked = _check(op, coefficients, terms, rule)
     learned = torch.is_grad_enabled() and any(isinstance(c, torch.Tensor) and c.requires_grad for c in checked)
     if out is not None:
@@ -367,22 +365,15 @@ def _serve(
     values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
     tables = [c if isinstance(c, torch.Tensor) else None for c in checked]
     if out is not None:
-        _update_out_op(terms, values, tables, *(rule or _LINEAR), out)
+        reg.call(_update_out_op, _update_out, terms, values, tables, *(rule or _LINEAR), out)
         return out
     if way is reg.GRAD:
         return _Update.apply(len(terms), values, rule or _LINEAR, reference, *terms, *tables)
-    return _update_op(terms, values, tables, *(rule or _LINEAR))
+    return reg.call(_update_op, _update, terms, values, tables, *(rule or _LINEAR))
 
 
 # The rule of a linear update, in the place of DDIM's (prediction, eta, guidance, has_uncond, has_noise, clip).
 _LINEAR = (-1, 0.0, 1.0, False, False, -1.0)
-
-
-def _all_numbers(coefficients: list[Any]) -> bool:
-    for c in coefficients:
-        if type(c) is not float or not -1e300 < c < 1e300:
-            return False
-    return True
 
 
 def _update(  # type: ignore[no-untyped-def]
@@ -513,7 +504,7 @@ class _Update(torch.autograd.Function):
         ctx.clamped = rule[5] >= 0
         ctx.codes = [_CODES[t.dtype] for t in terms]
         ctx.save_for_backward(*tables, *(terms if ctx.clamped else []))
-        return _call(_update_op, _update, terms, values, tables, *rule)
+        return reg.call(_update_op, _update, terms, values, tables, *rule)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
@@ -524,7 +515,7 @@ class _Update(torch.autograd.Function):
             full: list[torch.Tensor] = _reference_gradient(ctx, grad, tables, terms)
         else:
             wanted = [code if n else -1 for code, n in zip(ctx.codes, need, strict=True)]
-            full = _call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, wanted)
+            full = reg.call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, wanted)
         found = iter(full)
         grads = [next(found) if n else None for n in need]
         return (None, None, None, None, *grads, *[None] * len(tables))
@@ -537,10 +528,6 @@ def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[t
     wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
     result = ctx.reference(coefficients, at, ctx.rule)
     return list(torch.autograd.grad(result, wanted, grad, create_graph=True, materialize_grads=True))
-
-
-def _call(op: Any, direct: Any, *args: Any) -> Any:
-    return direct(*args) if reg.direct_is_safe() else op(*args)
 
 
 # ------------------------------------------------------------------------------------------------------ registration
