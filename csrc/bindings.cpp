@@ -2,6 +2,7 @@
 // CPU, and the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -144,7 +145,8 @@ void update_backward(int device, uintptr_t stream, int64_t B, int64_t M, const p
                      bool ddim, uintptr_t grad, int grad_dtype, const py::tuple& grads) {
   UpdateBackward u;
   u.forward = make_update(B, M, terms, rule, ddim, 0, kF32);
-  if (static_cast<int32_t>(grads.size()) != u.forward.count) throw py::value_error("update_backward: one grad per term");
+  if (static_cast<int32_t>(grads.size()) != u.forward.count)
+    throw py::value_error("update_backward: one grad per term");
   u.grad = reinterpret_cast<const void*>(grad), u.grad_dtype = grad_dtype;
   for (int i = 0; i < u.forward.count; ++i) u.grad_term[i] = pointer(grads.ptr(), i);
   launch(u, device, stream, &cpu::update_backward, FD_CUDA(update_backward));
@@ -213,6 +215,24 @@ bool fast_view(const py::handle& h, Role role, const dlpack::Tensor& x, View* v)
   return true;
 }
 
+// An output: contiguous, of the type and shape of x, apart from every input except, exactly, those it may replace.
+bool fast_output(const py::handle& h, const dlpack::Tensor& x, std::initializer_list<py::handle> inputs,
+                 std::initializer_list<py::handle> may_replace) {
+  if (h.is_none()) return true;
+  dlpack::Tensor out, in;
+  if (!describe(h, &out) || out.code() != x.code() || !out.contiguous() || !out.same_device(x) || !out.same_shape(x))
+    return false;
+  for (const py::handle& i : inputs) {
+    if (i.is_none()) continue;
+    if (!describe(i, &in)) return false;
+    if (!out.overlaps(in)) continue;
+    bool allowed = false;
+    for (const py::handle& m : may_replace) allowed = allowed || (m.ptr() == i.ptr() && out.same_memory(in));
+    if (!allowed) return false;
+  }
+  return true;
+}
+
 bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, py::handle gate, py::handle shift,
                 py::handle scale, py::handle weight, py::handle bias, py::handle residual, py::handle y) {
   dlpack::Tensor tx;
@@ -231,11 +251,16 @@ bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, p
       !fast_view(bias, kParameter, tx, &a.bias) || !fast_view(residual, kWhole, tx, &a.residual) ||
       !fast_view(y, kWhole, tx, &a.y))
     return false;
+  const py::handle none = py::none();
+  if (!fast_output(residual, tx, {x, branch, gate, shift, scale}, {x, branch}) ||
+      !fast_output(y, tx, {x, branch, gate, shift, scale, weight, bias, residual}, {residual.is_none() ? x : none}))
+    return false;
   launch(a, device, reinterpret_cast<uintptr_t>(stream), &cpu::adaln_forward, FD_CUDA(adaln_forward));
   return true;
 }
 
-// rule: None for a linear update, else (prediction, eta, guidance, has_uncond, has_noise, clip); coefficients are floats.
+// rule: None for a linear update, else (prediction, eta, guidance, has_uncond, has_noise, clip); coefficients are
+// floats.
 bool fast_update(const py::list& terms, const py::list& coefficients, const py::object& rule, py::handle out) {
   dlpack::Tensor to, t;
   Update u;
@@ -248,6 +273,8 @@ bool fast_update(const py::list& terms, const py::list& coefficients, const py::
     if (!describe(terms[i], &t) || !t.same_device(to) || !t.same_shape(to) || !t.contiguous()) return false;
     u.term[i] = t.pointer();
     if ((u.term_dtype[i] = t.code()) < 0) return false;
+    if (i == 0 && to.code() != t.code()) return false;
+    if (to.overlaps(t) && !to.same_memory(t)) return false;
   }
   double c[kMaxTerms];
   const int numbers = static_cast<int>(coefficients.size());

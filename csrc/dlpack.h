@@ -47,6 +47,23 @@ struct Tensor {
   }
   bool same_device(const Tensor& o) const { return device.type == o.device.type && device.id == o.device.id; }
   void* pointer() const { return static_cast<char*>(data) + byte_offset; }
+  // The address range of the elements.
+  void span(const char** begin, const char** end) const {
+    int64_t last = 0;
+    for (int i = 0; i < ndim; ++i) last += (shape[i] - 1) * strides[i];
+    *begin = static_cast<const char*>(pointer());
+    *end = *begin + (last + 1) * (dtype.bits / 8);
+  }
+  bool overlaps(const Tensor& o) const {
+    const char *a, *b, *c, *d;
+    span(&a, &b), o.span(&c, &d);
+    return a < d && c < b;
+  }
+  // The same elements in the same places; both contiguous, of one shape.
+  bool same_memory(const Tensor& o) const {
+    return pointer() == o.pointer() && dtype.bits == o.dtype.bits && dtype.code == o.dtype.code && contiguous() &&
+           o.contiguous() && same_shape(o);
+  }
   // The kernels' code for the element type, or -1.
   int32_t code() const {
     if (dtype.lanes != 1) return -1;

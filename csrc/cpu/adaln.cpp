@@ -110,7 +110,8 @@ inline float stored(float, T* out, int64_t i) {
   return to_float(out[i]);
 }
 
-inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* in, float* r_scratch, float* y_scratch) {
+inline void forward_row(const AdalnForward& a, int64_t b, int64_t n, RowReader* in, float* r_scratch,
+                        float* y_scratch) {
   const int64_t D = a.D;
   const float* r = in[0].row(b, n, D);
   if (a.gate.data != nullptr) {
@@ -223,10 +224,8 @@ inline void backward_row(const AdalnBackward& a, int64_t b, int64_t n, int64_t w
     finish_row(a.dscale, dscale, token, D);
     const float inv_d = 1.0f / static_cast<float>(D);
     const float m1 = a.rms ? 0.0f : reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k); }) * inv_d;
-    const float m2 = reduce_row(D, [&](int64_t i, auto k) {
-                       return pick(dn, i, k) * ((pick(r, i, k) - mean) * rstd);
-                     }) *
-                     inv_d;
+    const float m2 =
+        reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k) * ((pick(r, i, k) - mean) * rstd); }) * inv_d;
     each(D, [&](int64_t i, auto k) {
       auto v = (pick(dn, i, k) - m1 - (pick(r, i, k) - mean) * rstd * m2) * rstd;
       if (grad_residual != nullptr) v += pick(grad_residual, i, k);
@@ -271,12 +270,14 @@ void adaln_backward(const AdalnBackward& a) {
   const int64_t per_sample = chunks(a.N), rows = a.B * per_sample;
   parallel_ranges(rows, a.B * a.N * a.D, [&](int64_t first, int64_t last) {
     const Scratch s(kScratchRows, a.D);
-    RowReader in[kReaders] = {{a.r, s.row(kR)},           {a.branch, s.row(kBranch)}, {a.gate, s.row(kGate)},
-                              {a.scale, s.row(kScale)},   {a.weight, s.row(kWeight)}, {a.bias, s.row(kBias)},
+    RowReader in[kReaders] = {{a.r, s.row(kR)},           {a.branch, s.row(kBranch)},
+                              {a.gate, s.row(kGate)},     {a.scale, s.row(kScale)},
+                              {a.weight, s.row(kWeight)}, {a.bias, s.row(kBias)},
                               {a.grad_y, s.row(kGradY)},  {a.grad_residual, s.row(kGradResidual)}};
     for (int64_t c = first; c < last; ++c) {
       for (int i = 0; i < 5; ++i)
-        if (const ParamGrad* g = reduced(a, i)) memset(g->partial + c * a.D, 0, static_cast<size_t>(a.D) * sizeof(float));
+        if (const ParamGrad* g = reduced(a, i))
+          memset(g->partial + c * a.D, 0, static_cast<size_t>(a.D) * sizeof(float));
       const int64_t b = c / per_sample, begin = c % per_sample * kChunk;
       for (int64_t n = begin; n < begin + kChunk && n < a.N; ++n) backward_row(a, b, n, c, in, s);
     }

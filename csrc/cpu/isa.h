@@ -1,6 +1,7 @@
 // The table of CPU kernels. Every kernel file in this folder is compiled once per instruction set, with FASTDIFF_ISA
 // naming the set (base, avx2, avx512), and defines its kernels in namespace fastdiff::cpu::<isa>; helpers sit in
-// anonymous namespaces so that no weak symbol of a wide build can end up in a narrow one. dispatch.cpp picks at run time.
+// anonymous namespaces so that no weak symbol of a wide build can end up in a narrow one. dispatch.cpp picks at run
+// time.
 #pragma once
 #include "../fastdiff.h"
 

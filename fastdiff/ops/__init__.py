@@ -1,6 +1,7 @@
 """The operators. One page per family, each with formula, shapes, reference, validation and registration."""
 
-from fastdiff.ops import _adaln_spec, _update_spec
+from fastdiff.ops import _adaln_spec as _adaln_spec
+from fastdiff.ops import _update_spec as _update_spec
 from fastdiff.ops._registry import SPECS, OpSpec, explain
 from fastdiff.ops.adaln import adaln_modulate, gate_residual, gate_residual_adaln
 from fastdiff.ops.update import ddim_step, euler_step, linear_update

@@ -215,7 +215,12 @@ _BAD_NORM: list[Bad] = [
     ("eps is no number", _option(eps="small"), ValueError, ("eps", "'small'")),
 ]
 _BAD_OUT: list[Bad] = [
-    ("out of another type", lambda a, k: (a, {**k, "out": torch.empty_like(a[0]).double()}), TypeError, ("out", "float64")),
+    (
+        "out of another type",
+        lambda a, k: (a, {**k, "out": torch.empty_like(a[0]).double()}),
+        TypeError,
+        ("out", "float64"),
+    ),
     ("out of another shape", lambda a, k: (a, {**k, "out": torch.empty_like(a[0])[:0]}), ValueError, ("out",)),
     ("out overlaps an input", lambda a, k: _overlapping(a, k), ValueError, ("out", "overlap")),
 ]
@@ -318,7 +323,8 @@ reg.add(
         differentiable=("x", "branch", "gate", "shift", "scale"),
         growth=_growth,
         bad=[
-            *_BAD_X, *_bad_modulation(2, "gate"), *_bad_modulation(3, "shift"), *_bad_modulation(4, "scale"), *_BAD_NORM,
+            *_BAD_X, *_bad_modulation(2, "gate"), *_bad_modulation(3, "shift"), *_bad_modulation(4, "scale"),
+            *_BAD_NORM,
             ("branch of another shape", _replace(1, _longer), ValueError, ("branch", "shape of x")),
             ("out is no pair", lambda a, k: (a, {**k, "out": torch.empty_like(a[0])}), TypeError, ("out", "pair")),
         ],

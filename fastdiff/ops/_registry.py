@@ -114,7 +114,7 @@ def define(
     def guarded(*args: Any) -> Any:
         why = _native.reasons(tensors_in(operands(*args)), hard=True)
         if why:
-            raise RuntimeError(f"torch.ops.fastdiff.{name} is native only and cannot serve this call: " + "; ".join(why))
+            raise RuntimeError(f"torch.ops.fastdiff.{name} is native only, which cannot serve this: " + "; ".join(why))
         return kernel(*args)
 
     library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -166,7 +166,7 @@ def direct_is_safe() -> bool:
     )
 
 
-def fast(*tensors: Any) -> Any:
+def fast(tensors: Sequence[Any], *out: Any) -> Any:
     """The extension's fast entry points, or None where a call on these tensors may need more thought.
 
     They take plain tensors that need no gradient, with no mode, tracer or transform active; what else could be wrong
@@ -188,6 +188,9 @@ def fast(*tensors: Any) -> Any:
     grad = torch.is_grad_enabled()
     for t in tensors:
         if type(t) not in _PLAIN or (grad and t.requires_grad):
+            return None
+    for t in out:
+        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
             return None
     return entry
 
@@ -299,7 +302,7 @@ def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
 
     def span(t: torch.Tensor) -> tuple[int, int]:
-        last = t.numel() - 1 if t.is_contiguous() else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+        last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
         return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
     (a0, a1), (b0, b1) = span(a), span(b)

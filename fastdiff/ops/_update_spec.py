@@ -183,7 +183,7 @@ def _shapes(make: Callable[..., reg.Call], count: int) -> dict[str, Any]:
 
 
 def _diffusers_ddim(x: Any, pred: Any, alpha_bar: float, alpha_bar_next: float, **options: Any) -> Callable[[], Any]:
-    """`DDIMScheduler.step` of diffusers over one step with these levels; it knows neither guidance nor the flow type."""
+    """`DDIMScheduler.step` of diffusers over one step between these levels; no guidance, no flow type."""
     from diffusers import DDIMScheduler
 
     if isinstance(alpha_bar, torch.Tensor) or "uncond" in options or options.get("prediction") == "flow":

@@ -10,7 +10,6 @@ float32, float16, bfloat16 in any mixture; arithmetic and statistics in float32;
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import torch
@@ -63,8 +62,8 @@ def adaln_modulate(
         TypeError: an argument is not a floating-point tensor.
     """
     rms = _rms("adaln_modulate", norm)
-    if out is None and weight is None and bias is None and (fast := reg.fast(x, shift, scale)):
-        y = torch.empty_like(x)
+    if weight is None and bias is None and (fast := reg.fast((x, shift, scale), out)):
+        y = torch.empty_like(x) if out is None else out
         if fast.fast_adaln(rms, eps, x, None, None, shift, scale, None, None, None, y):
             return y
     way = reg.route("adaln_modulate", (x, shift, scale), (weight, bias))
@@ -100,8 +99,8 @@ def gate_residual(
         ValueError: a shape or device does not fit, or `out` overlaps an input.
         TypeError: an argument is not a floating-point tensor.
     """
-    if out is None and (fast := reg.fast(x, branch, gate)):
-        r = torch.empty_like(x)
+    if fast := reg.fast((x, branch, gate), out):
+        r = torch.empty_like(x) if out is None else out
         if fast.fast_adaln(False, 0.0, x, branch, gate, None, None, None, None, r, None):
             return r
     way = reg.route("gate_residual", (x, branch, gate))
@@ -154,8 +153,9 @@ def gate_residual_adaln(
     """
     rms = _rms("gate_residual_adaln", norm)
     tensors = (x, branch, gate, shift, scale)
-    if out is None and (fast := reg.fast(x, branch, gate, shift, scale)):
-        r, y = torch.empty_like(x), torch.empty_like(x)
+    pair = out if isinstance(out, (tuple, list)) and len(out) == 2 else ()
+    if (out is None or pair) and (fast := reg.fast(tensors, *pair)):
+        r, y = pair or (torch.empty_like(x), torch.empty_like(x))
         if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
             return r, y
     way = reg.route("gate_residual_adaln", tensors)

@@ -350,8 +350,8 @@ def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any
 def _serve(
     op: str, coefficients: list[Any], terms: list[Any], rule: Any, out: torch.Tensor | None, reference: Any
 ) -> torch.Tensor:
-    if out is None and (fast := reg.fast(*terms)):
-        result = torch.empty_like(terms[0])
+    if fast := reg.fast(terms, out):
+        result = torch.empty_like(terms[0]) if out is None else out
         if fast.fast_update(terms, coefficients, rule, result):
             return result
     way = reg.route(op, terms)
@@ -450,7 +450,8 @@ def _is_dense(t: torch.Tensor) -> bool:
 
 def _new_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Uninitialised, laid out like x where the kernel can walk that, else contiguous."""
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.preserve_format if _is_dense(x) else torch.contiguous_format)
+    layout = torch.preserve_format if _is_dense(x) else torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradient
