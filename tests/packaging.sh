@@ -6,8 +6,8 @@ work=$1
 
 echo "-- no compiler: pure Python, one notice"
 mkdir -p "$work/bin" "$work/pure"
-for tool in python python3 pip uname sh env; do ln -sf "$(command -v "$tool")" "$work/bin/$tool"; done
-env -u CXX -u CC PATH="$work/bin" python -m pip install -v --no-deps --target "$work/pure" "$root" >"$work/pure.log" 2>&1 ||
+python=$(command -v python)
+env -u CXX -u CC PATH="$work/bin" "$python" -m pip install -v --no-deps --target "$work/pure" "$root" >"$work/pure.log" 2>&1 ||
   { cat "$work/pure.log"; exit 1; }
 [ "$(grep -c 'Installing WITHOUT native kernels' "$work/pure.log")" -ge 1 ] || { echo "no notice was given"; exit 1; }
 [ -z "$(find "$work/pure" -name '*.so')" ] || { echo "a native extension without a compiler?"; exit 1; }

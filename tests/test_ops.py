@@ -444,6 +444,21 @@ def test_tensor_subclasses_and_the_profiler_see_the_operator(spec: OpSpec) -> No
     assert any(event.key.startswith("fastdiff::") for event in profile.key_averages())
 
 
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_output_alone_has_the_right_gradients(used: int) -> None:
+    fused = SPECS["gate_residual_adaln"]
+    args, _ = fused.shapes["[1,16,1152]"](torch.float32, DEVICE)
+    found = []
+    for function in (fused.function, fused.reference):
+        leaves = [t.detach().requires_grad_() for t in args]
+        result = function(*leaves)[used]
+        found.append(torch.autograd.grad(result, leaves, torch.ones_like(result) * result.detach(), allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+
+
 def test_fused_is_bitwise_its_two_parts() -> None:
     fused, parts = SPECS["gate_residual_adaln"], SPECS["gate_residual"]
     for dtype in DTYPES:
@@ -453,6 +468,24 @@ def test_fused_is_bitwise_its_two_parts() -> None:
             r2 = parts.function(x, branch, gate)
             assert torch.equal(r, r2)
             assert torch.equal(y, fastdiff.ops.adaln_modulate(r2, shift, scale, **kwargs))
+
+
+@every_isa
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_sixteen_bit_types_are_read_and_rounded_as_torch_does(dtype: torch.dtype, isa: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=DEVICE).view(dtype)
+    values = every.float()
+    between = torch.nextafter(values, torch.full_like(values, float("inf")))
+    ulp = (values.view(torch.int32) + (1 << (15 if dtype == torch.bfloat16 else 12))).view(torch.float32)  # ties
+    low_nan = torch.tensor([0x7FFFFFFF, 0x7F800001, -1], dtype=torch.int32, device=DEVICE).view(torch.float32)
+    wide = torch.cat([values, between, ulp, low_nan])
+    with native(isa):
+        assert torch.equal(fastdiff.ops.linear_update([1.0], [every]).view(torch.int16)[values == values],
+                           every.view(torch.int16)[values == values])  # fmt: skip
+        got = fastdiff.ops.linear_update([1.0, 1.0], [torch.zeros_like(wide, dtype=dtype), wide])
+    want = wide.to(dtype)
+    assert torch.equal(torch.isnan(got), torch.isnan(want))
+    assert torch.equal(got[~torch.isnan(want)], want[~torch.isnan(want)])
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

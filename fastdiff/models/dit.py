@@ -1,0 +1,326 @@
+"""Diffusion transformer (DiT): Peebles & Xie, "Scalable Diffusion Models with Transformers", 2022 (arXiv:2212.09748).
+
+A transformer over image patches in which every block is conditioned by adaLN-Zero: from the condition c = t_emb + y_emb
+each block computes six vectors (shift, scale, gate; once for attention, once for the MLP) and does, with LN(·) a layer
+norm without parameters,
+
+    x <- x + gate_1 * Attention(LN(x) * (1 + scale_1) + shift_1)
+    x <- x + gate_2 *       MLP(LN(x) * (1 + scale_2) + shift_2)
+
+Between two branches there is always a gated residual followed by a modulated norm, and the norm that follows a block's
+last gate belongs to the *next* block (or to the final layer). Here that pair is one call, ``ops.gate_residual_adaln``,
+so the activations are visited once per norm site; the first norm, which no gate precedes, is ``ops.adaln_modulate``.
+
+Parameters carry the names of the published checkpoints, so those load with ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff import ops
+
+__all__ = ["DIT_PRESETS", "DiT", "dit"]
+
+# (hidden_size, depth, num_heads) by size, and the patch sizes of the paper (Table 1).
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_PRESETS: dict[str, dict[str, int]] = {
+    f"DiT-{size}/{patch}": {"patch_size": patch, "hidden_size": width, "depth": depth, "num_heads": heads}
+    for size, (width, depth, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+def dit(name: str, **overrides: Any) -> DiT:
+    """Builds a DiT of a published size.
+
+    Args:
+        name: ``"DiT-{S,B,L,XL}/{2,4,8}"``: width and depth, then the patch side in (latent) pixels.
+        **overrides: any argument of :class:`DiT`; e.g. ``input_size=32`` for 256x256 images through a x8 autoencoder.
+
+    Raises:
+        ValueError: the name is not a preset.
+    """
+    if name not in DIT_PRESETS:
+        raise ValueError(f"[dit] name: expected one of {', '.join(DIT_PRESETS)}, got {name!r}")
+    settings: dict[str, Any] = {**DIT_PRESETS[name], **overrides}
+    return DiT(**settings)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images [B,C,H,W] into patches and maps each linearly to a token: [B,N,D], row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A strided convolution is this matrix product; the product is the faster of the two on small patches.
+        p = self.proj.kernel_size[0]
+        b, c, h, w = x.shape
+        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embeds scalar times [B] as sinusoids of ``time_scale * t``, then a two-layer MLP: [B,D]."""
+
+    frequencies, max_period = 128, 10000.0
+
+    def __init__(self, hidden_size: int, time_scale: float) -> None:
+        super().__init__()
+        width = 2 * self.frequencies
+        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.time_scale = time_scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        # At least float32: 1000 * t in half precision has steps of 0.5.
+        wide = torch.promote_types(t.dtype, torch.float32)
+        index = torch.arange(self.frequencies, device=t.device, dtype=wide)
+        angles = (self.time_scale * t.to(wide))[:, None] * torch.exp(-math.log(self.max_period) * index / len(index))
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        embedding: Tensor = self.mlp(sinusoids.to(next(self.parameters()).dtype))
+        return embedding
+
+
+class LabelEmbedder(nn.Module):
+    """Embeds class labels [B] (int64) as [B,D]; with dropout there is one more row, the null class of guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
+        super().__init__()
+        self.num_classes, self.dropout_prob = num_classes, dropout_prob
+        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+            labels = labels.masked_fill(dropped, self.num_classes)
+        embedding: Tensor = self.embedding_table(labels)
+        return embedding
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B,N,D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        mixed: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        return mixed
+
+
+class Mlp(nn.Module):
+    """Two-layer perceptron with the tanh form of GELU."""
+
+    def __init__(self, hidden_size: int, mlp_hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(hidden_size, mlp_hidden), nn.Linear(mlp_hidden, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mapped: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return mapped
+
+
+class DiTBlock(nn.Module):
+    """The two branches of a block and its modulation; :meth:`DiT.forward` chains them across norm sites."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B,N,D], already normed and modulated, to patches [B,N,p*p*out_channels]."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with adaLN-Zero conditioning.
+
+    Args:
+        input_size: side of the (square) image or latent, in pixels; a multiple of ``patch_size``.
+        patch_size: side of a patch; the sequence has ``(input_size / patch_size)**2`` tokens.
+        in_channels: channels C of the input.
+        hidden_size: token width D; a multiple of 4 (position embedding) and of ``num_heads``.
+        depth: number of blocks, at least 1.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over D.
+        class_dropout_prob: share of labels replaced by the null class in training mode, in [0, 1]; above 0 the model
+            can also be asked for its unconditional prediction (``cond=None``), which guidance needs. The draw is from
+            torch's global generator.
+        num_classes: number of labels; 0 builds an unconditional model.
+        learn_sigma: predict 2C channels (the second half is the variance of the paper, §3.2) in place of C.
+        time_scale: times are multiplied by it before they are embedded. The sinusoids resolve differences of about 1,
+            so: 1 (default) for integer timesteps 0..999, as the published weights expect; 1000 for flow time in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        *,
+        time_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "class_dropout_prob": class_dropout_prob,
+            "num_classes": num_classes,
+            "learn_sigma": learn_sigma,
+            "time_scale": time_scale,
+        }
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
+            _require(self.config[name] >= 1, name, "at least 1", self.config[name])
+        _require(input_size % patch_size == 0, "input_size", f"a multiple of patch_size={patch_size}", input_size)
+        _require(hidden_size % num_heads == 0, "hidden_size", f"a multiple of num_heads={num_heads}", hidden_size)
+        _require(hidden_size % 4 == 0, "hidden_size", "a multiple of 4", hidden_size)
+        _require(mlp_ratio > 0, "mlp_ratio", "above 0", mlp_ratio)
+        _require(0 <= class_dropout_prob <= 1, "class_dropout_prob", "in [0, 1]", class_dropout_prob)
+        _require(num_classes >= 0, "num_classes", "0 (unconditional) or more", num_classes)
+        _require(time_scale > 0, "time_scale", "above 0", time_scale)
+
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, time_scale)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob) if num_classes else None
+        self.register_buffer("pos_embed", sincos_position_embedding(hidden_size, input_size // patch_size)[None])
+        blocks = (DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks: Sequence[DiTBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """adaLN-Zero (§3.2): modulation and output start at zero, so that every block starts as the identity."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder", "y_embedder")):
+                nn.init.normal_(parameter, std=0.02)
+            else:  # matrices; the patch embedding is one as well, over flattened patches
+                nn.init.xavier_uniform_(parameter.data.flatten(1))
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Predicts the training target (noise, velocity, ...) for noisy images.
+
+        Args:
+            x: [B, in_channels, input_size, input_size].
+            t: [B], times in the units that ``time_scale`` was chosen for.
+            cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
+
+        Returns:
+            [B, out_channels, input_size, input_size].
+
+        Raises:
+            ValueError: a shape or the presence of labels does not fit the model.
+        """
+        self._check(x, t, cond)
+        c = self.t_embedder(t)
+        if self.y_embedder is not None:
+            labels = cond if cond is not None else t.new_full(t.shape, self.config["num_classes"], dtype=torch.long)
+            c = c + self.y_embedder(labels)
+        # One [B,D] vector per (site, role); a site's shift and scale are used where the norm is, after the last gate.
+        mods = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in self.blocks]
+        final = self.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
+
+        x = self.x_embedder(x) + self.pos_embed
+        h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
+        for i, block in enumerate(self.blocks):
+            _, _, gate_1, shift_2, scale_2, gate_2 = mods[i]
+            shift_next, scale_next = mods[i + 1][:2] if i + 1 < len(mods) else final
+            x, h = ops.gate_residual_adaln(x, block.attn(h), gate_1, shift_2, scale_2)
+            x, h = ops.gate_residual_adaln(x, block.mlp(h), gate_2, shift_next, scale_next)
+        return self._unpatchify(self.final_layer.linear(h))
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans, 2022): ``uncond + guidance_scale * (pred - uncond)``, in one batch.
+
+        All ``in_channels`` of the prediction are guided; learned variance channels are the conditional ones. (The
+        published sampling code guides three of its four latent channels, by its own account for reproducibility only.)
+
+        Args:
+            x: [B, in_channels, input_size, input_size].
+            t: [B].
+            cond: [B] int64 class labels.
+            guidance_scale: 1 is the conditional prediction, 0 the unconditional one.
+
+        Returns:
+            [B, out_channels, input_size, input_size].
+        """
+        if cond is None:
+            raise ValueError("[DiT.forward_with_cfg] cond: expected labels [B], got None")
+        self._check(x, t, cond)
+        self._check(x, t, None)  # guidance needs the null class
+        labels = torch.cat([cond, torch.full_like(cond, self.config["num_classes"])])
+        pred, uncond = self(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        c = self.config["in_channels"]
+        guided = uncond[:, :c] + guidance_scale * (pred[:, :c] - uncond[:, :c])
+        return torch.cat([guided, pred[:, c:]], dim=1)
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
+        """[B, N, p*p*C] -> [B, C, H, W]; within a token the order is (row, column, channel), as in the paper's code."""
+        p, g = self.config["patch_size"], self.config["input_size"] // self.config["patch_size"]
+        tokens = tokens.reshape(-1, g, g, p, p, self.out_channels)
+        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
+
+    def _check(self, x: Tensor, t: Tensor, cond: Tensor | None) -> None:
+        c, s, classes = self.config["in_channels"], self.config["input_size"], self.config["num_classes"]
+        _require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
+        _require(t.shape == x.shape[:1], "t", f"shape [{len(x)}]", list(t.shape))
+        if cond is not None:
+            _require(classes > 0, "cond", "None (the model was built with num_classes=0)", list(cond.shape))
+            _require(cond.shape == x.shape[:1], "cond", f"shape [{len(x)}]", list(cond.shape))
+            _require(cond.dtype in (torch.int64, torch.int32), "cond", "integer labels", cond.dtype)
+        elif classes > 0:
+            has_null = self.config["class_dropout_prob"] > 0
+            _require(has_null, "cond", "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)", None)
+
+
+def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine embedding [grid*grid, D] of row-major patches; the first half of D encodes the column."""
+    omega = 1.0 / 10000 ** (torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
+    columns, rows = line.expand(grid, grid, -1), line[:, None].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+
+
+def _require(ok: bool, argument: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"[DiT] {argument}: expected {expected}, got {got}")

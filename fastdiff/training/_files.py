@@ -1,0 +1,26 @@
+"""Files that are whole or absent: everything is written under a temporary name and renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` (with the same suffix) and renames it to ``path`` on success.
+
+    A process killed at any moment leaves either the old file or the new one under ``path``, never a part.
+    """
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())  # or a power cut could keep the rename and lose the content
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+// Small kernels, right and wrong, that test the emulator itself (tests/test_emulator.py calls them through ctypes).
+#include <cstdio>
+
+#include "../../csrc/cuda/launch.cuh"
+
+namespace fastdiff {
+namespace {
+
+// ------------------------------------------------------------------------------------------------- right kernels
+
+__global__ void reverse_in_block(float* data) {
+  FD_SHARED_DYNAMIC(float, copy);
+  copy[threadIdx.x] = data[threadIdx.x];
+  __syncthreads();
+  data[threadIdx.x] = copy[blockDim.x - 1 - threadIdx.x];
+}
+
+// Every kind of shuffle; the second within half warps, each under its own mask. Four results per thread.
+__global__ void shuffles(float* data) {
+  const int lane = threadIdx.x % 32;
+  float* out = data + 4 * threadIdx.x;
+  out[0] = __shfl_sync(0xffffffffu, static_cast<float>(lane), (lane + 1) % 32);
+  out[1] = static_cast<float>(__shfl_xor_sync(lane < 16 ? 0x0000ffffu : 0xffff0000u, lane, 1));
+  out[2] = static_cast<float>(__shfl_down_sync(0xffffffffu, static_cast<double>(lane), 3));  // the last 3 keep theirs
+  __syncwarp();
+  out[3] = static_cast<float>(__shfl_up_sync(0xffffffffu, lane, 1));
+}
+
+// Blocks in two dimensions, threads in three: every position once.
+__global__ void positions(float* data) {
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const unsigned block = blockIdx.x + gridDim.x * blockIdx.y;
+  data[block * blockDim.x * blockDim.y * blockDim.z + thread] += static_cast<float>(block * 1000 + thread);
+}
+
+// What an unwritten shared array holds.
+__global__ void unwritten_shared(float* data) {
+  FD_SHARED(float, array, 32);
+  data[threadIdx.x] = array[threadIdx.x];
+  array[threadIdx.x] = 1.0f;  // the next block must not see it
+}
+
+// Correct only in index order: a thread reads what the previous one stored, without a barrier.
+__global__ void racy_chain(float* data) {
+  FD_SHARED(float, chain, 64);
+  chain[threadIdx.x] = static_cast<float>(threadIdx.x);
+  data[threadIdx.x] = threadIdx.x == 0 ? 0.0f : chain[threadIdx.x - 1];
+}
+
+// ------------------------------------------------------------------------------------------------- wrong kernels
+
+__global__ void return_before_barrier(float* data) {
+  if (threadIdx.x == 5) return;
+  __syncthreads();
+  data[threadIdx.x] = 1.0f;
+}
+
+__global__ void different_barriers(float* data) {
+  if (threadIdx.x < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  data[threadIdx.x] = 1.0f;
+}
+
+__global__ void absent_lane(float* data) {
+  if (threadIdx.x % 32 == 31) return;
+  data[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+}
+
+__global__ void unnamed_caller(float* data) { data[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1.0f, 1); }
+
+__global__ void unnamed_source(float* data) {
+  if (threadIdx.x % 32 < 16) data[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, 1.0f, 16);
+}
+
+__global__ void shuffle_against_barrier(float* data) {
+  if (threadIdx.x < 16)
+    data[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+  else
+    __syncthreads();
+}
+
+__global__ void shared_overrun(float* data) {
+  FD_SHARED(float, array, 32);
+  const float* volatile p = array;
+  data[threadIdx.x] = p[threadIdx.x + 1];
+}
+
+__global__ void deep_stack(float* data) {
+  volatile char frame[1024] = {};
+  data[threadIdx.x] = static_cast<float>(frame[threadIdx.x % 1024]);
+}
+
+struct Probe {
+  const char* name;
+  void (*kernel)(float*);
+  dim3 grid, block;
+  size_t smem;
+};
+
+const Probe kProbes[] = {
+    {"reverse_in_block", reverse_in_block, 1, 96, 96 * sizeof(float)},
+    {"shuffles", shuffles, 1, 64, 0},
+    {"positions", positions, dim3(3, 2), dim3(4, 3, 2), 0},
+    {"unwritten_shared", unwritten_shared, 2, 32, 0},
+    {"racy_chain", racy_chain, 1, 64, 0},
+    {"return_before_barrier", return_before_barrier, 1, 64, 0},
+    {"different_barriers", different_barriers, 1, 64, 0},
+    {"absent_lane", absent_lane, 1, 32, 0},
+    {"unnamed_caller", unnamed_caller, 1, 32, 0},
+    {"unnamed_source", unnamed_source, 1, 32, 0},
+    {"shuffle_against_barrier", shuffle_against_barrier, 1, 32, 0},
+    {"shared_overrun", shared_overrun, 1, 32, 0},
+    {"deep_stack", deep_stack, 1, 1024, 0},
+    {"too_many_threads", deep_stack, 1, 1025, 0},
+    {"no_blocks", deep_stack, 0, 32, 0},
+    {"too_much_shared", reverse_in_block, 1, 32, 228 << 10},
+};
+
+}  // namespace
+}  // namespace fastdiff
+
+// 0: ran; 1: an error, its text in `message`; 2: no such probe.
+extern "C" __attribute__((visibility("default"))) int fastdiff_probe(const char* name, float* data, char* message,
+                                                                     int size) {
+  using namespace fastdiff;
+  for (const Probe& p : kProbes) {
+    if (std::string(p.name) != name) continue;
+    try {
+      cuda::launch(p.name, p.kernel, p.grid, p.block, p.smem, nullptr, data);
+      return 0;
+    } catch (const std::exception& e) {
+      snprintf(message, static_cast<size_t>(size), "%s", e.what());
+      return 1;
+    }
+  }
+  return 2;
+}
