@@ -50,8 +50,12 @@ struct Modulation {
   bool has_weight, has_bias;
 
   FD_D Modulation(const AdalnForward& a, int64_t b, int64_t n)
-      : shift(row_of(a.shift, b, n)), scale(row_of(a.scale, b, n)), weight(row_of(a.weight, 0, 0)),
-        bias(row_of(a.bias, 0, 0)), has_weight(a.weight.data != nullptr), has_bias(a.bias.data != nullptr) {}
+      : shift(row_of(a.shift, b, n)),
+        scale(row_of(a.scale, b, n)),
+        weight(row_of(a.weight, 0, 0)),
+        bias(row_of(a.bias, 0, 0)),
+        has_weight(a.weight.data != nullptr),
+        has_bias(a.bias.data != nullptr) {}
 
   template <int kVec>
   FD_D void apply(const Row& y, int64_t i, float mean, float rstd, const float (&r)[kVec]) const {
@@ -91,12 +95,16 @@ constexpr int kBlockThreads = kThreads * kRowsPerBlock<kThreads>;
 // Threads that an SM must be able to hold, hence a bound on registers: enough 16-byte loads in flight, and no spills
 // (benchmarks/ptxas_report.py).
 template <int kVec, int kThreads>
-constexpr int kMinBlocks = (kVec == 1 ? 1024 : kVec == 4 ? 512 : 640) / kBlockThreads<kThreads>;
+constexpr int kMinBlocks = (kVec == 1   ? 1024
+                            : kVec == 4 ? 512
+                                        : 640) /
+                           kBlockThreads<kThreads>;
 
 // One row per kThreads threads, kPer vectors of kVec elements per thread. kType: the type of x, branch, residual and y
 // when it is known at compile time, else -1.
 template <int kVec, int kPer, int kThreads, int kType>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads>) forward_rows(const AdalnForward a) {
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads>)
+    forward_rows(const AdalnForward a) {
   constexpr int kWarps = kThreads / 32, kRows = kRowsPerBlock<kThreads>;
   FD_SHARED(float, buffers, 2 * kWarps);
   int turn = 0;
@@ -269,9 +277,9 @@ FD_D Row token_row(const ParamGrad& g, int64_t token, int64_t D) { return row_of
 // What one token's gradients are made of, at columns i .. i + kVec - 1; shared by both backward kernels.
 template <int kVec>
 struct NormGrad {
-  float hat[kVec];        // (r - mean) * rstd
-  float d[kVec];          // gradient of hat
-  float d_affine[kVec];   // gradient of hat * weight + bias: what dbias adds, and times hat what dweight adds
+  float hat[kVec];       // (r - mean) * rstd
+  float d[kVec];         // gradient of hat
+  float d_affine[kVec];  // gradient of hat * weight + bias: what dbias adds, and times hat what dweight adds
   float shift[kVec], scale[kVec];
 
   FD_D void compute(const AdalnBackward& a, const Raw<kVec>& r, const Raw<kVec>& grad_y, const Row& scale_row,
@@ -301,21 +309,21 @@ struct NormGrad {
   }
 };
 
-// Writes dx, dbranch and a per-token dgate; `dx` comes in and `gate` leaves as this token's dgate.
+// Writes dx, dbranch and a per-token dgate; `gate` leaves as this token's dgate, if someone wants it (else the branch
+// may be absent).
 template <int kVec>
 FD_D void finish_token(const AdalnBackward& a, int64_t b, int64_t n, int64_t i, const float (&dx)[kVec],
                        float (&gate)[kVec]) {
-  if (a.gate.data != nullptr) {
-    float branch[kVec];
-    read<kVec, false>(row_of(a.branch, b, n), i, branch);
-    if (a.dbranch.data != nullptr) {
-      read<kVec, true>(row_of(a.gate, b, n), i, gate);
+  if (a.dbranch.data != nullptr) {
+    read<kVec, true>(row_of(a.gate, b, n), i, gate);
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) gate[k] *= dx[k];
-      write(row_of(a.dbranch, b, n), i, gate);
-    }
+    for (int k = 0; k < kVec; ++k) gate[k] *= dx[k];
+    write(row_of(a.dbranch, b, n), i, gate);
+  }
+  if (a.dgate.reduce != kAbsent) {
+    read<kVec, false>(row_of(a.branch, b, n), i, gate);
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) gate[k] = dx[k] * branch[k];
+    for (int k = 0; k < kVec; ++k) gate[k] *= dx[k];
     if (a.dgate.reduce == kPerToken) write(token_row(a.dgate, b * a.N + n, a.D), i, gate);
   }
   if (a.dx.data != nullptr) write(row_of(a.dx, b, n), i, dx);
@@ -324,13 +332,13 @@ FD_D void finish_token(const AdalnBackward& a, int64_t b, int64_t n, int64_t i, 
 // A thread owns kPer vectors of kVec columns of a chunk of tokens. kAffine: weight or bias want a gradient.
 template <int kVec, int kPer, bool kAffine>
 __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
-  constexpr bool kLookAhead = !kAffine;  // five sums per column leave no registers for the next row
+  constexpr bool kLookAhead = kVec > 1 && !kAffine;  // five sums per column, or strides, leave no registers for it
   constexpr int kMaxWarps = 16;
   FD_SHARED(float, buffers, 2 * 2 * kMaxWarps);
   int turn = 0;
   const int threads = blockDim.x, warps = threads / 32, D = static_cast<int>(a.D);
   const auto column = [&](int j) { return (j * threads + static_cast<int>(threadIdx.x)) * kVec; };
-  const bool normed = a.grad_y.data != nullptr, gated = a.gate.data != nullptr;
+  const bool normed = a.grad_y.data != nullptr;
   const float inv_d = 1.0f / static_cast<float>(D);
   const int64_t per_sample = (a.N + kChunk - 1) / kChunk;
 
@@ -408,7 +416,7 @@ __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
           for (int k = 0; k < kVec; ++k) dx[j][k] += t[k];
         }
         finish_token<kVec>(a, b, n, column(j), dx[j], t);
-        if (gated) {
+        if (a.dgate.reduce != kAbsent) {
 #pragma unroll
           for (int k = 0; k < kVec; ++k) total[kDgate][j][k] += t[k];
         }
@@ -428,10 +436,10 @@ __global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
 
 // Any D: the chunk's sums live in the workspace, where each thread adds only to its own columns.
 template <int kVec>
-__global__ void __launch_bounds__(512) backward_long(const AdalnBackward a) {
+__global__ void __launch_bounds__(512, 1) backward_long(const AdalnBackward a) {
   FD_SHARED(float, buffers, 2 * 2 * 16);
   int turn = 0;
-  const bool normed = a.grad_y.data != nullptr, gated = a.gate.data != nullptr;
+  const bool normed = a.grad_y.data != nullptr;
   const int64_t per_sample = (a.N + kChunk - 1) / kChunk, D = a.D;
   const float inv_d = 1.0f / static_cast<float>(D);
   const int64_t start = static_cast<int64_t>(threadIdx.x) * kVec, step = 512 * kVec;
@@ -440,7 +448,7 @@ __global__ void __launch_bounds__(512) backward_long(const AdalnBackward a) {
     split(chunk, per_sample, &b, &c);
     const int64_t begin = c * kChunk, end = begin + kChunk < a.N ? begin + kChunk : a.N;
     for (int64_t n = begin; n < end; ++n) {
-      const auto add = [&](const ParamGrad& g, int64_t i, const float(&v)[kVec]) {
+      const auto add = [&](const ParamGrad& g, int64_t i, const float (&v)[kVec]) {
         if (!summed(g)) return;
         const Row row = row_of(g.partial, kF32, chunk * D);
         float t[kVec] = {};
@@ -483,7 +491,7 @@ __global__ void __launch_bounds__(512) backward_long(const AdalnBackward a) {
           for (int k = 0; k < kVec; ++k) dx[k] += t[k];
         }
         finish_token<kVec>(a, b, n, i, dx, t);
-        if (gated) add(a.dgate, i, t);
+        add(a.dgate, i, t);
       }
     }
   }
@@ -545,7 +553,7 @@ void adaln_forward(const AdalnForward& a, int device, void* stream) {
   const int vec = a.x.dtype == kF32 ? 4 : 8;
   bool whole = true;  // every operand can be read `vec` elements at a time
   for (const View* v : {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual, &a.y})
-    whole = whole && vectorizes(*v, a.B, a.N, a.D, vec);
+    whole = whole && vectorizes(*v, a.D, vec);
   if (!whole || (a.gate.data != nullptr && a.branch.dtype != a.x.dtype)) return forward_elements(a, stream);
   if (a.x.dtype == kF32) return forward_vectors<4, kF32>(a, stream);
   if (a.x.dtype == kF16) return forward_vectors<8, kF16>(a, stream);
@@ -560,13 +568,13 @@ void adaln_backward(const AdalnBackward& a, int device, void* stream) {
     const View& main = a.grad_y.data != nullptr ? a.r : a.grad_residual;
     const int vec = main.dtype == kF32 ? 4 : 8;
     bool whole = true;
-    for (const View* v : {&a.r, &a.branch, &a.gate, &a.scale, &a.weight, &a.bias, &a.grad_y, &a.grad_residual, &a.dx,
-                          &a.dbranch})
-      whole = whole && vectorizes(*v, a.B, a.N, a.D, vec);
+    for (const View* v :
+         {&a.r, &a.branch, &a.gate, &a.scale, &a.weight, &a.bias, &a.grad_y, &a.grad_residual, &a.dx, &a.dbranch})
+      whole = whole && vectorizes(*v, a.D, vec);
     for (const ParamGrad* g : grads) {
       const View token{g->data, a.N * a.D, a.D, 1, g->dtype}, part{g->partial, a.N * a.D, a.D, 1, kF32};
-      if (g->reduce == kPerToken) whole = whole && vectorizes(token, a.B, a.N, a.D, vec);
-      if (g->reduce == kPerSample || g->reduce == kShared) whole = whole && vectorizes(part, a.B, a.N, a.D, vec);
+      if (g->reduce == kPerToken) whole = whole && vectorizes(token, a.D, vec);
+      if (g->reduce == kPerSample || g->reduce == kShared) whole = whole && vectorizes(part, a.D, vec);
     }
     if (!whole)
       backward_first_stage<1>(a, stream);
@@ -588,8 +596,7 @@ void adaln_backward(const AdalnBackward& a, int device, void* stream) {
     most = sums.outputs[count] > most ? sums.outputs[count] : most;
     ++count;
   }
-  if (count > 0)
-    FD_LAUNCH(sum_chunks, dim3(grid_for(most * ((a.D + 31) / 32)), count), 32 * kParts, 0, stream, sums);
+  if (count > 0) FD_LAUNCH(sum_chunks, dim3(grid_for(most * ((a.D + 31) / 32)), count), 32 * kParts, 0, stream, sums);
 }
 
 }  // namespace cuda

@@ -10,7 +10,7 @@
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define FD_SHARED(type, name, count) __shared__ type name[count]
-#define FD_SHARED_DYNAMIC(type, name)               \
+#define FD_SHARED_DYNAMIC(type, name)                \
   extern __shared__ __align__(16) char name##_raw[]; \
   type* const name = reinterpret_cast<type*>(name##_raw)
 #else

@@ -36,7 +36,7 @@ enum Mutation : int {
 #endif
 
 // __syncthreads() that the named mutation removes.
-#define FD_BARRIER(name) \
-  do {                   \
+#define FD_BARRIER(name)                    \
+  do {                                      \
     if (!FD_MUTATED(name)) __syncthreads(); \
   } while (false)

@@ -12,7 +12,6 @@
 //
 // Performance: not measured.
 #include "../common/update.h"
-
 #include "vec.cuh"
 
 namespace fastdiff {
@@ -31,9 +30,9 @@ bool on_device(const Update& u) {
 
 // What a launch needs besides the tensors.
 struct Plan {
-  Terms terms;           // resolved, unless `per_sample`
-  bool per_sample;       // resolve in the kernel
-  int64_t blocks;        // blocks that share one sample
+  Terms terms;      // resolved, unless `per_sample`
+  bool per_sample;  // resolve in the kernel
+  int64_t blocks;   // blocks that share one sample
 };
 
 // x0 = sum of a_i t_i; a term with a_i = 0 other than the first does not count, not even when it is infinite.
@@ -164,8 +163,8 @@ void run(Work work, const View* tensors, int count, int device, void* stream) {
     if (tensors[i].data != nullptr && tensors[i].dtype == kF32) vec = 4;
   for (int i = 0; i < count; ++i) {
     View row = tensors[i];
-    row.sb = u.M, row.sn = 0, row.sd = 1;
-    if (!vectorizes(row, u.B, 1, vec, vec)) vec = 1;
+    row.sb = u.B > 1 ? u.M : 0, row.sn = 0, row.sd = 1;
+    if (!vectorizes(row, vec, vec)) vec = 1;
   }
   // Enough blocks to fill any GPU, not more: a block resolves its sample's coefficients once.
   constexpr int64_t kEnough = 4096;

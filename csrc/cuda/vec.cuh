@@ -163,12 +163,13 @@ FD_D void write(const Row& r, int64_t i, const float (&v)[kVec]) {
   store(r, i, narrow(v, r.dtype));
 }
 
-// Whether an operand [B, N, D] can be read kVec elements at a time. Strides of axes of length 1 are never used.
-inline bool vectorizes(const View& v, int64_t B, int64_t N, int64_t D, int vec) {
+// Whether an operand [B, N, D] can be read kVec elements at a time. Strides count even along axes of length 1: a sample
+// sliced from a batch must take the path that the batch takes, for the same bits.
+inline bool vectorizes(const View& v, int64_t D, int vec) {
   if (v.data == nullptr) return true;
   const int64_t size = dtype_size(v.dtype), bytes = vec * size < 16 ? vec * size : 16;
-  return D % vec == 0 && v.sd == 1 && reinterpret_cast<uintptr_t>(v.data) % bytes == 0 &&
-         (B == 1 || v.sb * size % bytes == 0) && (N == 1 || v.sn * size % bytes == 0);
+  return D % vec == 0 && v.sd == 1 && reinterpret_cast<uintptr_t>(v.data) % bytes == 0 && v.sb * size % bytes == 0 &&
+         v.sn * size % bytes == 0;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 # _C_emu: the bindings over the CUDA kernels, which are compiled as C++ and run by csrc/emu. For tests; never installed.
 # Each .cu is included in a generated .cpp, so that the same tree can also give it to nvcc.
-set(emu_sources csrc/emu/emu.cpp csrc/emu/control.cpp)
+set(emu_sources csrc/emu/emu.cpp)
 foreach(kernel ${cuda_kernels} tests/emu/probes.cu)
   get_filename_component(name ${kernel} NAME_WE)
   set(wrapper ${CMAKE_CURRENT_BINARY_DIR}/emu/${name}.cpp)
@@ -8,7 +8,24 @@ foreach(kernel ${cuda_kernels} tests/emu/probes.cu)
   list(APPEND emu_sources ${wrapper})
 endforeach()
 
-fastdiff_module(_C_emu ${emu_sources})
-target_compile_definitions(_C_emu PRIVATE FASTDIFF_CUDA FASTDIFF_EMU)
-# Kernels read one buffer as words and as floats, which nvcc allows; -O1 halves the build and the tests run as long.
-target_compile_options(_C_emu PRIVATE -fno-strict-aliasing -O1 -Wno-unused-function)
+# -O1: the build is what takes time. Kernels read one buffer as words and as floats, which nvcc allows.
+add_library(fastdiff_emu OBJECT ${emu_sources})
+target_compile_definitions(fastdiff_emu PRIVATE FASTDIFF_CUDA FASTDIFF_EMU)
+target_compile_options(fastdiff_emu PRIVATE -O1 -fno-strict-aliasing ${warnings} -Wno-unused-function ${sanitize})
+
+# What the bindings need besides, in its cheapest form: it is not under test here.
+add_library(fastdiff_emu_cpu OBJECT ${cpu_kernels})
+target_compile_definitions(fastdiff_emu_cpu PRIVATE FASTDIFF_ISA=base)
+target_compile_options(fastdiff_emu_cpu PRIVATE -O0 ${warnings})
+
+function(fastdiff_emulator)
+  set(isas base)
+  set(kernel_objects $<TARGET_OBJECTS:fastdiff_emu_cpu>)
+  set(sanitized ${sanitize})
+  set(sanitize)
+  fastdiff_module(_C_emu $<TARGET_OBJECTS:fastdiff_emu>)
+  target_compile_definitions(_C_emu PRIVATE FASTDIFF_CUDA)
+  target_compile_options(_C_emu PRIVATE -O0)
+  target_link_options(_C_emu PRIVATE ${sanitized})
+endfunction()
+fastdiff_emulator()

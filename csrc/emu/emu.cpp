@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda/mutate.cuh"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -66,7 +68,7 @@ struct Scheduler {
 
   std::vector<Fiber> fibers;  // grown as needed, never shrunk: stacks are reused
   std::vector<Warp> warps;
-  int threads = 0;            // of the current block
+  int threads = 0;  // of the current block
   Fiber* running = nullptr;
   ucontext_t host;
   const void* host_stack = nullptr;
@@ -142,7 +144,9 @@ void Scheduler::start(Fiber* f) {
     mprotect(f->stack, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);  // an overflow faults
   }
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(f->stack, kStack);  // the last fiber may have left in the middle of a function
+  // The last fiber here left in the middle of fiber_main, or, after an error, of the kernel.
+  const size_t stale = f->state == kReturned ? 4096 : kStack;
+  __asan_unpoison_memory_region(f->stack + kStack - stale, stale);
 #endif
   getcontext(&f->context);
   f->context.uc_stack.ss_sp = f->stack;
@@ -257,7 +261,8 @@ void* Scheduler::allocate_shared(const void* tag, size_t bytes) {
     if (entry.first == nullptr) abort();
     shared_bytes += bytes;
     const uint32_t poison = 0xffb1ffb1u;  // NaN as float32, as two float16 and as two bfloat16
-    for (size_t i = 0; i < bytes; ++i) static_cast<char*>(entry.first)[i] = reinterpret_cast<const char*>(&poison)[i % 4];
+    for (size_t i = 0; i < bytes; ++i)
+      static_cast<char*>(entry.first)[i] = reinterpret_cast<const char*>(&poison)[i % 4];
   }
   return entry.first;
 }
@@ -348,3 +353,17 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::f
 
 }  // namespace emu
 }  // namespace fastdiff
+
+// The knobs, for a test that has loaded the library (ctypes).
+#define FD_EXPORT extern "C" __attribute__((visibility("default")))
+
+FD_EXPORT void emu_seed(uint64_t value) { fastdiff::emu::seed(value); }
+FD_EXPORT void emu_lockstep(int on) { fastdiff::emu::set_lockstep(on != 0); }
+FD_EXPORT void emu_grid_limit(int64_t blocks) { fastdiff::emu::grid_limit = blocks; }
+FD_EXPORT int64_t emu_switches() { return fastdiff::emu::switches(); }
+FD_EXPORT void emu_mutate(int mutation) { fastdiff::emu::mutation = mutation; }
+FD_EXPORT const char* emu_mutations() {  // their names, from number 1 on
+#define FD_X(name) #name " "
+  return FD_MUTATIONS(FD_X);
+#undef FD_X
+}

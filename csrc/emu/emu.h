@@ -58,9 +58,9 @@ extern Position here;
 extern int mutation;        // the deliberate mistake in force (csrc/cuda/mutate.cuh)
 extern int64_t grid_limit;  // blocks per launch, so that a test can make a grid loop
 
-void seed(uint64_t value);       // of the schedule; FASTDIFF_EMU_SEED sets the first
-void set_lockstep(bool on);      // threads in index order instead of random order: what a naive emulator would do
-int64_t switches();              // how often a thread was resumed, since the library was loaded
+void seed(uint64_t value);   // of the schedule; FASTDIFF_EMU_SEED sets the first
+void set_lockstep(bool on);  // threads in index order instead of random order: what a naive emulator would do
+int64_t switches();          // how often a thread was resumed, since the library was loaded
 
 // Runs `body` for every thread of every block. Throws std::runtime_error naming the kernel when the configuration is
 // impossible or when threads wait for each other for ever.
@@ -105,10 +105,10 @@ inline int inside(int source) { return source >= 0 && source < 32 ? source : lan
 #define __shfl_sync(mask, v, source) ::fastdiff::emu::exchange(mask, v, (source) & 31, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, v, bits) \
   ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::lane() ^ (bits), __FILE__, __LINE__)
-#define __shfl_down_sync(mask, v, delta)                                                                             \
+#define __shfl_down_sync(mask, v, delta)                                                                         \
   ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::inside(::fastdiff::emu::lane() + static_cast<int>(delta)), \
                             __FILE__, __LINE__)
-#define __shfl_up_sync(mask, v, delta)                                                                               \
+#define __shfl_up_sync(mask, v, delta)                                                                           \
   ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::inside(::fastdiff::emu::lane() - static_cast<int>(delta)), \
                             __FILE__, __LINE__)
 

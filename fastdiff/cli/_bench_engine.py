@@ -27,15 +27,17 @@ from fastdiff.ops._registry import Call, OpSpec, map_tensors, tensors_in
 OURS, EAGER, COMPILE, COPY, MATMUL = "fastdiff", "eager", "compile", "copy", "matmul"
 OVERHEAD = "overhead"
 DEFAULT_DTYPES = ("float32", "bfloat16")
+EVEN = 0.005  # a ratio that rounds to 1.00 is neither won nor lost
 _TINY = 4  # the overhead row cuts every dimension to this
 _ROTATED_BYTES, _MAX_BUFFERS = 64 << 20, 8
 _COMPUTE_BOUND = 8.0  # operations per byte from which a share of the matmul ceiling says something
 METHOD = (
     "Checked against the float64 reference, then timed in turns with the baselines in one run. CPU: samples of at "
-    "least 1 ms of calls, the caches as they are after the previous call, inputs rotated over up to 8 copies (64 MiB "
-    "in all). GPU: device events around single calls, L2 overwritten before each; the overhead rows are the host's "
-    "time. Ratio: baseline / fastdiff, median over rounds. GB/s: the bytes any implementation must move, over the "
-    "median; copy: a contiguous copy that moves as many bytes, timed in the same turns. Forward rows run under no_grad."
+    "least 1 ms and, below 10 ms a call, 4 calls, after one that is not timed; inputs rotated over up to 8 copies (64 "
+    "MiB in all; `buffers` in the record). GPU: device events around single calls, L2 overwritten before each; the "
+    "overhead rows are the host's time. Ratio: baseline / fastdiff, median over rounds. GB/s: the bytes any "
+    "implementation must move, over the median; copy: a contiguous copy that moves as many bytes, timed in the same "
+    "turns. Forward rows run under no_grad."
 )
 
 Progress = Callable[[int, int, str], None]
@@ -76,6 +78,7 @@ def bench(
     device: str = "cpu",
     seconds: float = 1.0,
     compiled: bool = True,
+    buffers: int | None = None,
     budget: float = math.inf,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -89,6 +92,7 @@ def bench(
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
         seconds: of timing per row, all contestants together, at least; compiling and checking come on top.
         compiled: race against `torch.compile(reference)` too.
+        buffers: copies of the inputs to rotate over; None: up to 8, 64 MiB in all, on the CPU, and one on a GPU.
         budget: rows that would start after so many seconds are left out, and named in ``not_measured``.
         progress: called with (rows done, rows in all, what comes next).
 
@@ -112,19 +116,20 @@ def bench(
             continue
         if progress:
             progress(done, len(cases), case.label)
-        rows.append(_row(case, place, seconds, compiled))
+        rows.append(_row(case, place, seconds, compiled, buffers))
     if progress:
         progress(len(cases), len(cases), "")
     order = list(SPECS)
     rows.sort(key=lambda row: order.index(row["op"]))
     failed = [row for row in rows if row["problem"]]
     compared = [r["median"] for row in rows for r in row["ratios"].values()]
-    losses = sum(ratio < 1 for ratio in compared)
+    wins, losses = sum(ratio >= 1 + EVEN for ratio in compared), sum(ratio < 1 - EVEN for ratio in compared)
     record["ok"] = not failed
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["machine"]["load_average_after"] = load_average()
     record["summary"] = (
-        f"{len(rows)} rows, {len(compared)} comparisons: {len(compared) - losses} won, {losses} lost"
+        f"{len(rows)} rows, {len(compared)} comparisons: {wins} won, {losses} lost, "
+        f"{len(compared) - wins - losses} even"
         + (f"; FAILED: {len(failed)} rows" if failed else "")
         + (f"; out of time for {len(left_out)} rows" if left_out else "")
         + f" ({record['seconds']:.0f} s)"
@@ -169,7 +174,7 @@ def _wanted(name: str, shapes: Sequence[str]) -> bool:
     return not shapes or any(part in name for part in shapes)
 
 
-def _row(case: Case, device: torch.device, seconds: float, compiled: bool) -> dict[str, Any]:
+def _row(case: Case, device: torch.device, seconds: float, compiled: bool, buffers: int | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "op": case.spec.name,
         "shape": case.shape,
@@ -185,17 +190,20 @@ def _row(case: Case, device: torch.device, seconds: float, compiled: bool) -> di
         "share_of_matmul": None,
     }
     try:
-        _measure(case, device, seconds, compiled, row)
+        _measure(case, device, seconds, compiled, buffers, row)
     except Exception as error:  # one row that fails is reported; the others are still measured
         row["problem"] = f"{type(error).__name__}: {error}"
     return row
 
 
-def _measure(case: Case, device: torch.device, seconds: float, compiled: bool, row: dict[str, Any]) -> None:
+def _measure(
+    case: Case, device: torch.device, seconds: float, compiled: bool, buffers: int | None, row: dict[str, Any]
+) -> None:
     spec = case.spec
     args, kwargs = _call(case, device)
     size = spec.bytes(*args, **kwargs)
-    buffers = max(1, min(_MAX_BUFFERS, math.ceil(_ROTATED_BYTES / max(size, 1)))) if device.type == "cpu" else 1
+    if buffers is None:
+        buffers = max(1, min(_MAX_BUFFERS, math.ceil(_ROTATED_BYTES / max(size, 1)))) if device.type == "cpu" else 1
     row.update(bytes=size, flops=spec.flops(*args, **kwargs), buffers=buffers)
     finding = _check.check(_check.expect(spec, args, kwargs, gradients=case.backward))
     row["error"] = max(finding.worst_output, finding.worst_gradient)

@@ -1,8 +1,10 @@
 """How a number is made: contestants take turns in one run, and every sample is long enough to be measured.
 
-On the CPU a sample is a run of calls of at least a millisecond between two readings of the clock. On a GPU it is one
-call between two device events, after the L2 cache has been overwritten and while the device is still busy with a
-delay, so that the time to issue the call is not part of it. The cost of a call itself is read from the host's clock.
+On the CPU a sample is a run of calls of at least a millisecond between two readings of the clock, after one call that
+is not timed: it meets the caches, the allocator and the sleeping threads as the contestant before left them. On a GPU
+it is one call between two device events, after the L2 cache has been overwritten and while the device is still busy
+with a delay, so that the time to issue the call is not part of it. The cost of a call itself is read from the host's
+clock.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 SAMPLE_SECONDS = 1e-3
+_FEW_CALLS, _LONG_CALL = 4, 10e-3  # at least so many calls in a sample, unless one of them takes that long
 _MIN_ROUNDS, _MAX_ROUNDS = 7, 400
 _DELAY_CYCLES = 400_000  # some 200 µs on the device: longer than issuing any chain of kernels measured here
 
@@ -37,7 +40,8 @@ class Contestant:
         self.turns = itertools.cycle(self.calls)
 
     def next_calls(self) -> list[Callable[[], Any]]:
-        return list(itertools.islice(self.turns, self.repeat))
+        """The calls of one sample, and before them the one that is not timed."""
+        return list(itertools.islice(self.turns, self.repeat + 1))
 
     def summary(self) -> dict[str, Any]:
         """Median and quartiles in microseconds."""
@@ -107,18 +111,21 @@ def _warm_up(contestant: Contestant, sample: Callable[[list[Callable[[], Any]]],
     contestant.repeat = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
     # A single call includes waking the threads; a run of them tells how many more fit.
     several = sample(contestant.next_calls())
-    contestant.repeat = max(1, math.ceil(1.2 * SAMPLE_SECONDS / max(several, 1e-7)))
+    least = _FEW_CALLS if several < _LONG_CALL else 1
+    contestant.repeat = max(least, math.ceil(1.2 * SAMPLE_SECONDS / max(several, 1e-7)))
 
 
 def _host_sample(device: torch.device) -> Callable[[list[Callable[[], Any]]], float]:
     def sample(calls: list[Callable[[], Any]]) -> float:
+        first, *timed = calls
+        first()
         start = time.perf_counter_ns()
-        for call in calls:
+        for call in timed:
             call()
         elapsed = time.perf_counter_ns() - start
         if device.type == "cuda":  # let the queue drain before the next sample, so that nobody pays for the last one
             torch.cuda.synchronize(device)
-        return elapsed * 1e-9 / len(calls)
+        return elapsed * 1e-9 / len(timed)
 
     return sample
 
@@ -135,12 +142,14 @@ class _GpuSample:
         self._device = device
 
     def __call__(self, calls: list[Callable[[], Any]]) -> float:
+        first, *timed = calls
         with torch.cuda.device(self._device):
+            first()
             self._flush.zero_()
             self._delay(_DELAY_CYCLES)
             self._start.record()
-            for call in calls:
+            for call in timed:
                 call()
             self._end.record()
             self._end.synchronize()
-        return float(self._start.elapsed_time(self._end)) * 1e-3 / len(calls)
+        return float(self._start.elapsed_time(self._end)) * 1e-3 / len(timed)

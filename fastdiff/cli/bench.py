@@ -23,6 +23,10 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing per row, all contestants together.")] = 1.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's choice).")] = None,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Race against torch.compile too.")] = True,
+    buffers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Copies of the inputs to rotate over (default: up to 64 MiB).", show_default=False),
+    ] = None,
     budget: Annotated[
         float, typer.Option(min=0.0, help="Leave out rows that would start after so many seconds.", show_default=False)
     ] = float("inf"),
@@ -68,6 +72,7 @@ def bench(
                 device=device,
                 seconds=seconds,
                 compiled=compiled,
+                buffers=buffers,
                 budget=budget,
                 progress=progress,
             )

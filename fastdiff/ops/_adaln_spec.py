@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fastdiff.ops import _registry as reg
 from fastdiff.ops import adaln
@@ -262,6 +263,35 @@ def _shapes(pick: Callable[[tuple[torch.Tensor, ...]], tuple[Any, ...]], parts: 
     return shapes
 
 
+# ------------------------------------------------------------------------------------------------------------- peers
+# The code that DiT, SiT and PixArt ship, in the type of the activations: rounds after every operation, which for
+# 16-bit types is cheaper than the reference (float32 inside) and less exact.
+
+
+def _plain_modulate(x: Any, shift: Any, scale: Any, *, norm: str = "layer", eps: float = 1e-6, **affine: Any) -> Any:
+    if x.dtype == torch.float32 or norm != "layer" or affine:
+        raise ValueError("a layer norm without parameters, in a 16-bit type (in float32 it is the reference)")
+    return lambda: F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + _rows(scale)) + _rows(shift)
+
+
+def _plain_gate(x: Any, branch: Any, gate: Any) -> Any:
+    if x.dtype == torch.float32:
+        raise ValueError("a 16-bit type (in float32 it is the reference)")
+    return lambda: x + _rows(gate) * branch
+
+
+def _plain_fused(x: Any, branch: Any, gate: Any, shift: Any, scale: Any, *, norm: str = "layer",
+                 eps: float = 1e-6) -> Any:  # fmt: skip
+    if x.dtype == torch.float32 or norm != "layer":
+        raise ValueError("a layer norm in a 16-bit type (in float32 it is the reference)")
+
+    def run() -> Any:
+        r = x + _rows(gate) * branch
+        return r, F.layer_norm(r, x.shape[-1:], eps=eps) * (1 + _rows(scale)) + _rows(shift)
+
+    return run
+
+
 reg.add(
     reg.OpSpec(
         name="adaln_modulate",
@@ -284,6 +314,7 @@ reg.add(
         flops=lambda x, *_, **__: 8 * x.numel(),
         shapes=_shapes(lambda t: (t[0], t[2], t[3]), 2),
         take=_take,
+        peers={"DiT's code": _plain_modulate},
     )
 )  # fmt: skip
 
@@ -306,6 +337,7 @@ reg.add(
         flops=lambda x, *_: 2 * x.numel(),
         shapes=_shapes(lambda t: t[:3], 1),
         take=_take,
+        peers={"DiT's code": _plain_gate},
     )
 )  # fmt: skip
 
@@ -332,6 +364,7 @@ reg.add(
         flops=lambda x, *_, **__: 10 * x.numel(),
         shapes=_shapes(lambda t: t[:5], 3),
         take=_take,
+        peers={"DiT's code": _plain_fused},
         inplace=None,  # out= is a pair
     )
 )  # fmt: skip

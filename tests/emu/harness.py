@@ -74,8 +74,8 @@ class Emulator:
         """Puts a deliberate mistake of csrc/cuda/mutate.cuh in force."""
         self.library.emu_mutate(self.mutations().index(name) + 1 if name else 0)
 
-    def reset(self, seed: int = 0) -> None:
-        self.seed(seed)
+    def reset(self) -> None:
+        self.seed(int(os.environ.get("FASTDIFF_EMU_SEED", "0")))
         self.lockstep(False)
         self.grid_limit(0x7FFFFFFF)
         self.mutate(None)
@@ -342,7 +342,8 @@ def adaln_backward(emu: Emulator, c: Adaln, check: bool = True, grad_dtype: torc
         out["dbranch"] = output(shape, (c.x if c.branch is None else c.branch).dtype, c.layout)
     grads, keep = {}, []
     chunks = -(-c.N // CHUNK)
-    wanted = {"dgate": (c.gate if c.branch is not None else None, "gate"), "dshift": (c.shift, "shift"), "dscale": (c.scale, "scale"),
+    gate = None if c.branch is None else c.gate  # without the branch there is no dgate
+    wanted = {"dgate": (gate, "gate"), "dshift": (c.shift, "shift"), "dscale": (c.scale, "scale"),
               "dweight": (c.weight, ""), "dbias": (c.bias, "")}  # fmt: skip
     for name, (tensor, key) in wanted.items():
         if tensor is None:
@@ -418,7 +419,7 @@ PREDICTIONS = ["epsilon", "v", "sample", "flow"]
 
 @dataclass
 class Ddim:
-    """One call of a DDIM step, or of a linear update when `coefficients` is set. Numbers are per sample: [B] tensors."""
+    """A DDIM step, or a linear update when `coefficients` is set. A number is a float, or per sample a tensor [B]."""
 
     terms: list[torch.Tensor]
     coefficients: list | None = None

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Everything that a GPU can tell about fastdiff, in one command and under nine minutes: build, info, verify, tests,
+# compute-sanitizer, benchmarks. A step that fails or runs out of time is reported, and the others still run; the exit
+# code is 1 if any step failed.
+#
+#   benchmarks/run_gpu.sh                         writes benchmarks/results/DATE-gpu.{md,json,log}, DATE-gpu-backward.json
+#   OUT=/tmp/results benchmarks/run_gpu.sh        writes there
+#   FASTDIFF_GPU_DRYRUN=1 benchmarks/run_gpu.sh   every step on the CPU and without the sanitizer, to test this script
+#
+# Needs torch, numpy, pip, setuptools, cmake, ninja, pybind11, a C++ compiler and nvcc; pytest, hypothesis and
+# expecttest for the tests. PYTHON names the interpreter.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+python=${PYTHON:-python3}
+dry=${FASTDIFF_GPU_DRYRUN:-}
+out=${OUT:-benchmarks/results}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} PYTHONUNBUFFERED=1
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
+if [ -n "$dry" ]; then device=cpu kind=dryrun cuda=OFF; else device=cuda kind=gpu cuda=ON; fi
+base=$out/$(date -u +%Y-%m-%d-%H%M%S)-$kind
+log=$base.log
+started=$SECONDS
+limit=520 # seconds for everything
+steps=()
+failed=0
+
+say() { printf '%s\n' "$*" | tee -a "$log"; }
+
+# room N: the seconds that are left, at most N.
+room() {
+  local left=$((limit - (SECONDS - started)))
+  echo $((left < $1 ? left : $1))
+}
+
+skip() { # NAME WHY
+  say "== $1: skipped: $2"
+  steps+=("- $1: skipped, $2")
+}
+
+# step NAME SECONDS COMMAND...: run it within that time, log what it prints, remember how it went.
+step() {
+  local name=$1 seconds code began=$SECONDS
+  seconds=$(room "$2")
+  shift 2
+  if [ "$seconds" -lt 5 ]; then
+    skip "$name" "**no time left**"
+    failed=1
+    return 1
+  fi
+  say "== $name (at most $seconds s): $*"
+  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log"
+  code=${PIPESTATUS[0]}
+  if [ "$code" -eq 0 ]; then
+    steps+=("- $name: ok, $((SECONDS - began)) s")
+  elif [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+    steps+=("- $name: **stopped after $seconds s**") failed=1
+  else
+    steps+=("- $name: **failed**, exit code $code") failed=1
+  fi
+  return "$code"
+}
+
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))" "$@"; }
+
+# Installed into a folder of its own, with the benchmarks and tests beside it: nothing of the user's changes, and
+# Python finds the package that was built, not the checkout.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r benchmarks tests pyproject.toml "$work"
+if ! step build 200 env FASTDIFF_CUDA=$cuda "$python" -m pip install --no-build-isolation --no-deps --quiet \
+  --target "$work" .; then
+  say "falling back on the fastdiff package of the checkout"
+  cp -r fastdiff "$work"
+fi
+cd "$work" || exit 1
+
+if [ -n "$dry" ]; then
+  skip nvidia-smi "dry run"
+elif command -v nvidia-smi >/dev/null; then
+  step nvidia-smi 10 nvidia-smi --query-gpu=name,driver_version,power.limit,clocks.max.sm,clocks.max.mem --format=csv
+else
+  skip nvidia-smi "not found"
+fi
+step info 40 "$python" -m benchmarks info
+step verify 90 "$python" -m benchmarks verify --device $device
+
+if [ ! -f tests/test_ops.py ]; then
+  skip tests "tests/test_ops.py is not here"
+elif ! has pytest hypothesis expecttest; then
+  skip tests "pytest, hypothesis or expecttest is not installed"
+else
+  step tests 100 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -x -p no:cacheprovider tests/test_ops.py
+fi
+
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+if [ -n "$dry" ]; then
+  skip compute-sanitizer "dry run"
+elif [ -z "$sanitizer" ]; then
+  skip compute-sanitizer "not found"
+else
+  # Without torch's caching allocator every tensor is an allocation of its own, so that an access past its end shows.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  for tool in memcheck racecheck initcheck; do
+    # Only our kernels are watched; initcheck must see everybody's writes.
+    ours=(--kernel-name kernel_substring=fastdiff)
+    [ $tool = initcheck ] && ours=()
+    step "compute-sanitizer $tool" 45 "$sanitizer" --tool $tool "${ours[@]}" --error-exitcode 9 \
+      "$python" -m benchmarks verify --device cuda --dtype bfloat16 --draws 6
+  done
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+fi
+
+# --budget: rows that would start later are left out and named, so that what was measured is kept.
+speed() { # NAME SECONDS FILE OPTIONS...
+  local name=$1 seconds file=$3
+  seconds=$(room "$2")
+  shift 3
+  step "$name" "$seconds" "$python" -m benchmarks bench --device $device --dtype bfloat16 --dtype float32 --seconds 0.2 \
+    --budget $((seconds > 60 ? seconds - 40 : seconds / 3)) --json "$file.json" --markdown "$work/$name.md" "$@"
+}
+if [ -n "$dry" ]; then quick=(--shape overhead --shape 16,1152 --shape 1,4,64); else quick=(); fi
+speed bench 200 "$base" "${quick[@]}"
+speed bench-backward 90 "$base-backward" --backward --no-compile "${quick[@]}"
+
+{
+  echo "# fastdiff on $device, $(date -u +%Y-%m-%d)"
+  echo
+  printf '%s\n' "${steps[@]}"
+  for page in bench bench-backward; do
+    [ -f "$work/$page.md" ] && echo && sed 's/^# /## /' "$work/$page.md"
+  done
+} >"$base.md"
+say "== $((SECONDS - started)) s; written: $base.md"
+printf '%s\n' "${steps[@]}"
+exit $failed
