@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,10 @@ def python(code: str, **environment: str | None) -> subprocess.CompletedProcess[
         else:
             env[key] = value
     whole = f"import sys; sys.path.append({str(ROOT)!r})\n{code}"
-    return subprocess.run([sys.executable, "-c", whole], env=env, capture_output=True, text=True, timeout=120)
+    # Not in the checkout: its source tree, which has no extension, would come before the installed package.
+    return subprocess.run(
+        [sys.executable, "-c", whole], env=env, cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=120
+    )
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+import fastdiff  # noqa: E402
 from fastdiff.cli import demo as demo_module  # noqa: E402
 from fastdiff.cli.demo import DemoError, DemoSettings, demo, run_demo  # noqa: E402
 from fastdiff.data import frechet_distance, load_digits, train_digit_judge  # noqa: E402
@@ -182,7 +184,11 @@ run_demo(DemoSettings(**{settings!r}), sys.argv[1], progress=False)
 
 def test_a_killed_run_leaves_whole_files_and_resumes_to_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "state" / "train" / "checkpoint.pt"
-    process = subprocess.Popen([sys.executable, "-c", _HANGS.format(settings=TINY), str(tmp_path)])
+    # In the scratch folder, with the fastdiff under test: in the checkout, its source tree would be found first.
+    env = {**os.environ, "PYTHONPATH": str(Path(fastdiff.__file__).resolve().parents[1])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _HANGS.format(settings=TINY), str(tmp_path)], cwd=tmp_path, env=env
+    )
     try:
         deadline = time.monotonic() + 120
         while not checkpoint.exists():

@@ -142,8 +142,15 @@ def test_strided_views_equal_contiguous_tensors(spec: OpSpec, dtype: torch.dtype
     args_c, kwargs_c = reg.map_tensors(lambda t: t.contiguous(), (args, kwargs))
     with native():
         strided, plain = outputs(spec.function(*args, **kwargs)), outputs(spec.function(*args_c, **kwargs_c))
-    for a, b in zip(strided, plain, strict=True):
-        assert torch.equal(a, b)
+    if DEVICE.type == "cpu":
+        for a, b in zip(strided, plain, strict=True):
+            assert torch.equal(a, b)
+        return
+    # A GPU reads rows without 16-byte alignment one element at a time, and sums them in another order.
+    args64, kwargs64 = double((args, kwargs))
+    bounds = spec.bound(dtype, *args64, **kwargs64)
+    for a, b, bound in zip(strided, plain, bounds, strict=True):
+        assert_within(spec, "the strided call", a, b.double(), bound, spec.growth(*args64, **kwargs64))
 
 
 @every_isa
@@ -439,7 +446,8 @@ def test_float64_runs_on_the_reference_and_native_says_why_not(spec: OpSpec) -> 
 @every_op
 def test_tensor_subclasses_and_the_profiler_see_the_operator(spec: OpSpec) -> None:
     args, kwargs = spec.example(random.Random(0), torch.float32, DEVICE)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # acc_events: torch 2.11 warns about a profile without it.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         spec.function(*args, **kwargs)
     assert any(event.key.startswith("fastdiff::") for event in profile.key_averages())
 

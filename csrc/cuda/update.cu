@@ -35,12 +35,12 @@ struct Plan {
   int64_t blocks;   // blocks that share one sample
 };
 
-// x0 = sum of a_i t_i; a term with a_i = 0 other than the first does not count, not even when it is infinite.
+// x0 = sum of a_i t_i; a term with a_i = 0 does not count, not even when it is infinite.
 template <int kVec, int kTerms>
 FD_D void data_estimate(const Update& u, const Terms& t, const float (&v)[kTerms][kVec], float (&x0)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kTerms; ++i) {
-    if (i >= u.count || (i > 0 && t.a[i] == 0)) continue;
+    if (i >= u.count || t.a[i] == 0) continue;
 #pragma unroll
     for (int k = 0; k < kVec; ++k) x0[k] += t.a[i] * v[i][k];
   }
@@ -69,7 +69,8 @@ struct Forward {
     read_terms<kVec, kTerms, false>(u, row, i, v);
 #pragma unroll
     for (int j = 0; j < kTerms; ++j) {
-      if (j >= u.count) continue;
+      // In a clamped step x can be absent from the noise: its zero means "not there", also to an infinite x.
+      if (j >= u.count || (j == 0 && t.clamped && t.c[0] == 0)) continue;
 #pragma unroll
       for (int k = 0; k < kVec; ++k) out[k] += t.c[j] * v[j][k];
     }
