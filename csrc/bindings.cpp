@@ -2,7 +2,6 @@
 // CPU, and the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -192,12 +191,10 @@ bool place(const dlpack::Tensor& t, int* device, void** stream) {
   return false;
 }
 
-// `h` seen as [B, N, D] next to x: of its very shape, or (broadcast) a modulation; [D] alone for a parameter.
+// `t` seen as [B, N, D] next to x: of its very shape, or (broadcast) a modulation; [D] alone for a parameter.
 enum Role { kWhole, kModulation, kParameter };
-bool fast_view(const py::handle& h, Role role, const dlpack::Tensor& x, View* v) {
-  if (h.is_none()) return true;
-  dlpack::Tensor t;
-  if (!describe(h, &t) || !t.same_device(x) || (v->dtype = t.code()) < 0) return false;
+bool fast_view(const dlpack::Tensor& t, Role role, const dlpack::Tensor& x, View* v) {
+  if (!t.same_device(x) || (v->dtype = t.code()) < 0) return false;
   const int64_t B = x.shape[0], N = x.shape[1], D = x.shape[2];
   if (t.ndim < 1 || t.shape[t.ndim - 1] != D) return false;
   v->data = t.pointer();
@@ -215,46 +212,42 @@ bool fast_view(const py::handle& h, Role role, const dlpack::Tensor& x, View* v)
   return true;
 }
 
-// An output: contiguous, of the type and shape of x, apart from every input except, exactly, those it may replace.
-bool fast_output(const py::handle& h, const dlpack::Tensor& x, std::initializer_list<py::handle> inputs,
-                 std::initializer_list<py::handle> may_replace) {
-  if (h.is_none()) return true;
-  dlpack::Tensor out, in;
-  if (!describe(h, &out) || out.code() != x.code() || !out.contiguous() || !out.same_device(x) || !out.same_shape(x))
-    return false;
-  for (const py::handle& i : inputs) {
-    if (i.is_none()) continue;
-    if (!describe(i, &in)) return false;
-    if (!out.overlaps(in)) continue;
-    bool allowed = false;
-    for (const py::handle& m : may_replace) allowed = allowed || (m.ptr() == i.ptr() && out.same_memory(in));
-    if (!allowed) return false;
-  }
-  return true;
-}
+// Operands in the order of the arguments; the last two are outputs.
+enum Slot { kX, kBranch, kGate, kShift, kScale, kWeight, kBias, kResidual, kY, kSlots };
 
 bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, py::handle gate, py::handle shift,
                 py::handle scale, py::handle weight, py::handle bias, py::handle residual, py::handle y) {
-  dlpack::Tensor tx;
-  int device;
-  void* stream;
   if (!PyFloat_CheckExact(epsilon.ptr())) return false;
   const double eps = PyFloat_AS_DOUBLE(epsilon.ptr());
-  if (!(eps >= 0 && eps < 1e30) || !describe(x, &tx) || tx.ndim != 3 || !tx.contiguous() || tx.numel() == 0 ||
-      !place(tx, &device, &stream))
-    return false;
+  if (!(eps >= 0 && eps < 1e30)) return false;
+  const py::handle given[kSlots] = {x, branch, gate, shift, scale, weight, bias, residual, y};
+  const Role role[kSlots] = {kWhole,     kWhole,     kModulation, kModulation, kModulation,
+                             kParameter, kParameter, kWhole,      kWhole};
   AdalnForward a;
-  a.B = tx.shape[0], a.N = tx.shape[1], a.D = tx.shape[2], a.rms = rms, a.eps = static_cast<float>(eps);
-  if (!fast_view(x, kWhole, tx, &a.x) || !fast_view(branch, kWhole, tx, &a.branch) ||
-      !fast_view(gate, kModulation, tx, &a.gate) || !fast_view(shift, kModulation, tx, &a.shift) ||
-      !fast_view(scale, kModulation, tx, &a.scale) || !fast_view(weight, kParameter, tx, &a.weight) ||
-      !fast_view(bias, kParameter, tx, &a.bias) || !fast_view(residual, kWhole, tx, &a.residual) ||
-      !fast_view(y, kWhole, tx, &a.y))
+  View* const view[kSlots] = {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual, &a.y};
+  dlpack::Tensor t[kSlots];
+  int device;
+  void* stream;
+  if (!describe(x, &t[kX]) || t[kX].ndim != 3 || !t[kX].contiguous() || t[kX].numel() == 0 ||
+      !place(t[kX], &device, &stream))
     return false;
-  const py::handle none = py::none();
-  if (!fast_output(residual, tx, {x, branch, gate, shift, scale}, {x, branch}) ||
-      !fast_output(y, tx, {x, branch, gate, shift, scale, weight, bias, residual}, {residual.is_none() ? x : none}))
-    return false;
+  for (int i = 0; i < kSlots; ++i) {
+    if (given[i].is_none()) continue;
+    if (i != kX && !describe(given[i], &t[i])) return false;
+    if (!fast_view(t[i], role[i], t[kX], view[i])) return false;
+  }
+  // Outputs are contiguous, of the type of x, and apart from all else, except that the residual may be x or branch
+  // itself, and y, where there is no residual, x.
+  for (int out = kResidual; out <= kY; ++out) {
+    if (given[out].is_none()) continue;
+    if (t[out].code() != t[kX].code() || !t[out].contiguous()) return false;
+    for (int i = 0; i < out; ++i) {
+      if (given[i].is_none() || !t[out].overlaps(t[i])) continue;
+      const bool may_replace = out == kResidual ? i == kX || i == kBranch : i == kX && given[kResidual].is_none();
+      if (!may_replace || !t[out].same_memory(t[i])) return false;
+    }
+  }
+  a.B = t[kX].shape[0], a.N = t[kX].shape[1], a.D = t[kX].shape[2], a.rms = rms, a.eps = static_cast<float>(eps);
   launch(a, device, reinterpret_cast<uintptr_t>(stream), &cpu::adaln_forward, FD_CUDA(adaln_forward));
   return true;
 }

@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "../common/dtype.h"
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -34,6 +34,27 @@ inline vf load(const float* p) {
   return v;
 }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+// A float row that is written around the caches: no line is read just to be overwritten, which saves a third of the
+// traffic of a store. Needs vector-aligned memory and a fence() before anyone else may look.
+struct Streamed {
+  float* p;
+};
+#if defined(__AVX512F__)
+inline void store(Streamed s, int64_t i, vf v) { _mm512_stream_ps(s.p + i, (__m512)v); }
+#elif defined(__AVX2__)
+inline void store(Streamed s, int64_t i, vf v) { _mm256_stream_ps(s.p + i, (__m256)v); }
+#elif defined(__x86_64__)
+inline void store(Streamed s, int64_t i, vf v) { _mm_stream_ps(s.p + i, (__m128)v); }
+#else
+inline void store(Streamed s, int64_t i, vf v) { store(s.p + i, v); }
+#endif
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+inline bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(vf) == 0; }
 
 inline vf load(const bf16* p) {
   vh h;

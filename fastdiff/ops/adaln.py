@@ -153,9 +153,13 @@ def gate_residual_adaln(
     """
     rms = _rms("gate_residual_adaln", norm)
     tensors = (x, branch, gate, shift, scale)
-    pair = out if isinstance(out, (tuple, list)) and len(out) == 2 else ()
-    if (out is None or pair) and (fast := reg.fast(tensors, *pair)):
-        r, y = pair or (torch.empty_like(x), torch.empty_like(x))
+    if out is None:
+        if fast := reg.fast(tensors):
+            r, y = torch.empty_like(x), torch.empty_like(x)
+            if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
+                return r, y
+    elif isinstance(out, (tuple, list)) and len(out) == 2 and (fast := reg.fast(tensors, *out)):
+        r, y = out
         if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
             return r, y
     way = reg.route("gate_residual_adaln", tensors)
