@@ -1,8 +1,8 @@
 // Sampler updates: out = sum_i c_i t_i + k * clamp(sum_i a_i t_i), coefficients per sample (common/update.h).
 //
-// Floor: every term read once, out written once. Rows are cut into blocks that stay in L1; float32 terms are read in
-// place, others are widened block by block. Up to four float32 terms without a clamp (every explicit solver step with
-// guidance) go through one loop with no intermediate.
+// Floor: every term read once, out written once. Up to four terms of one type (every explicit solver step with
+// guidance, clamped or not) go through one loop with no intermediate; anything else through blocks that stay in L1,
+// widened to float32 where needed.
 #include "../common/update.h"
 
 #include "isa.h"
@@ -39,41 +39,85 @@ inline void accumulate(float* acc, const float* t, float c, int64_t n, bool firs
   }
 }
 
-template <int K>
-inline void linear_f32(float* out, const float* const* t, const float* c, int64_t n) {
+// Loads one vector or one element, by the type of the last argument; lets a formula be written once.
+template <typename T>
+inline vf pick(const T* p, int64_t i, vf) {
+  return load(p + i);
+}
+template <typename T>
+inline float pick(const T* p, int64_t i, float) {
+  return to_float(p[i]);
+}
+template <typename T>
+inline void put(T* p, int64_t i, vf v) {
+  store(p + i, v);
+}
+template <typename T>
+inline void put(T* p, int64_t i, float v) {
+  p[i] = from_float<T>(v);
+}
+inline vf clamped(vf v, float bound) {  // NaN passes
+  const vf low = v < -splat(bound) ? -splat(bound) : v;
+  return low > splat(bound) ? splat(bound) : low;
+}
+inline float clamped(float v, float bound) { return fastdiff::clamp(v, bound); }
+
+// K terms and the output of one type: one loop, nothing between memory and registers.
+template <int K, bool kClamped, typename T>
+inline void uniform(T* out, const void* const* terms, const Terms& u, int64_t n) {
+  const T* t[K];
+  for (int j = 0; j < K; ++j) t[j] = static_cast<const T*>(terms[j]);
+  const bool no_c = kClamped && u.c[0] == 0, no_a = u.a[0] == 0;  // see accumulate
+  const auto step = [&](int64_t i, auto kind) {
+    const auto x = pick(t[0], i, kind);
+    auto v = no_c ? decltype(x){} : u.c[0] * x;
+    auto x0 = no_a ? decltype(x){} : u.a[0] * x;
+    for (int j = 1; j < K; ++j) {
+      const auto w = pick(t[j], i, kind);
+      v += u.c[j] * w;
+      if (kClamped && u.a[j] != 0) x0 += u.a[j] * w;
+    }
+    if (kClamped) v += u.k * clamped(x0, u.clip);
+    put(out, i, v);
+  };
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    vf v = splat(c[0]) * load(t[0] + i);
-    for (int j = 1; j < K; ++j) v += splat(c[j]) * load(t[j] + i);
-    store(out + i, v);
+  for (; i + kWidth <= n; i += kWidth) step(i, vf{});
+  for (; i < n; ++i) step(i, 0.0f);
+}
+
+template <bool kClamped, typename T>
+inline bool uniform_of(int count, T* out, const void* const* t, const Terms& u, int64_t n) {
+  switch (count) {
+    case 1:
+      return uniform<1, kClamped>(out, t, u, n), true;
+    case 2:
+      return uniform<2, kClamped>(out, t, u, n), true;
+    case 3:
+      return uniform<3, kClamped>(out, t, u, n), true;
+    case 4:
+      return uniform<4, kClamped>(out, t, u, n), true;
+    default:
+      return false;
   }
-  for (; i < n; ++i) {
-    float v = c[0] * t[0][i];
-    for (int j = 1; j < K; ++j) v += c[j] * t[j][i];
-    out[i] = v;
-  }
+}
+
+template <typename T>
+inline bool uniform_as(const Update& u, const Terms& terms, int64_t begin, int64_t n) {
+  const void* t[kMaxTerms];
+  for (int i = 0; i < u.count; ++i) t[i] = static_cast<const T*>(u.term[i]) + begin;
+  T* out = static_cast<T*>(u.out) + begin;
+  return terms.clamped ? uniform_of<true>(u.count, out, t, terms, n) : uniform_of<false>(u.count, out, t, terms, n);
 }
 
 // One range [begin, end) of one sample whose row starts at element `row`.
 inline void update_range(const Update& u, const Terms& terms, int64_t row, int64_t begin, int64_t end) {
-  bool plain = !terms.clamped && u.count <= 4 && u.out_dtype == kF32;
-  const float* t[kMaxTerms];
-  for (int i = 0; i < u.count; ++i) {
-    plain = plain && u.term_dtype[i] == kF32;
-    t[i] = static_cast<const float*>(u.term[i]) + row + begin;
-  }
-  if (plain) {
-    float* out = static_cast<float*>(u.out) + row + begin;
-    switch (u.count) {
-      case 1:
-        return linear_f32<1>(out, t, terms.c, end - begin);
-      case 2:
-        return linear_f32<2>(out, t, terms.c, end - begin);
-      case 3:
-        return linear_f32<3>(out, t, terms.c, end - begin);
-      default:
-        return linear_f32<4>(out, t, terms.c, end - begin);
-    }
+  bool same = true;
+  for (int i = 0; i < u.count; ++i) same = same && u.term_dtype[i] == u.out_dtype;
+  if (same) {
+    const int64_t first = row + begin, n = end - begin;
+    if (u.out_dtype == kF32 && uniform_as<float>(u, terms, first, n)) return;
+    if (u.out_dtype == kF16 && uniform_as<f16>(u, terms, first, n)) return;
+    if (u.out_dtype == kBF16 && uniform_as<bf16>(u, terms, first, n)) return;
   }
   alignas(64) float scratch[kBlock], acc[kBlock], x0[kBlock];
   for (int64_t at0 = begin; at0 < end; at0 += kBlock) {
