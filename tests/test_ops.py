@@ -209,6 +209,24 @@ def test_same_bits_on_every_run_and_any_number_of_threads(spec: OpSpec, dtype: t
             torch.set_num_threads(threads)
 
 
+@every_isa
+@pytest.mark.parametrize("name", list(SPECS))
+def test_a_large_output_has_the_bits_of_a_small_one(name: str, isa: str) -> None:
+    """Large float32 outputs are written around the caches on the CPU, which must not show."""
+    spec = SPECS[name]
+    if "[8,256,1152]" in spec.shapes:
+        args, kwargs = spec.shapes["[8,256,1152]"](torch.float32, DEVICE)
+    else:
+        args, kwargs = spec.shapes["(8,4,128,128)"](torch.float32, DEVICE)
+        args, kwargs = reg.map_tensors(lambda t: t.repeat(1, 1, 2, 2), (args, kwargs))
+    with native(isa):
+        whole = outputs(spec.function(*args, **kwargs))
+        assert whole[0].numel() * 4 > 4 << 20
+        one_args, one_kwargs = spec.take(3, args, kwargs)
+        for w, a in zip(whole, outputs(spec.function(*one_args, **one_kwargs)), strict=True):
+            assert torch.equal(w[3:4], a)
+
+
 @every_op
 @given(rng=rngs)
 def test_the_reference_passes_gradcheck(spec: OpSpec, rng: random.Random) -> None:

@@ -33,8 +33,14 @@ inline float reduce_row(int64_t D, const Term& term) {
 }
 
 // Loads one vector or one float, by the type of the second argument; lets a formula be written once.
-inline vf pick(const float* p, int64_t i, vf) { return load(p + i); }
-inline float pick(const float* p, int64_t i, float) { return p[i]; }
+template <typename T>
+inline vf pick(const T* p, int64_t i, vf) {
+  return load(p + i);
+}
+template <typename T>
+inline float pick(const T* p, int64_t i, float) {
+  return to_float(p[i]);
+}
 template <typename T>
 inline void put(T* p, int64_t i, vf v) {
   store(p + i, v);
@@ -96,12 +102,14 @@ struct Scratch {
 inline char* element(const View& v, int64_t b, int64_t n) { return at(v.data, v.dtype, b * v.sb + n * v.sn); }
 inline bool direct(const View& v) { return v.dtype == kF32 && v.sd == 1; }
 
-// An output larger than this does not stay in L2 anyway, and is written around the caches. Measured in a chain of
-// fused op and Linear at D = 1152, float32: +1 % end to end from 9 MB, nothing either way at 5 MB, while the op alone
-// gains 10 to 20 %; at 2 MB and less the reader that follows would pay more than the op gains.
-constexpr int64_t kStreamBytes = 4 << 20;
+// Outputs that are written around the caches (vec.h).
 inline bool streams(const View& v, int64_t elements) {
   return v.data != nullptr && v.dtype == kF32 && v.sd == 1 && elements * 4 >= kStreamBytes;
+}
+
+template <bool kSquare, typename V>
+inline V square_if(V v) {
+  return kSquare ? v * v : v;
 }
 
 // Calls write(out) with `out` of the row's own type, so that results are stored as they are computed; a row with a
@@ -123,6 +131,20 @@ inline void write_row(const View& v, int64_t b, int64_t n, int64_t D, bool strea
   }
 }
 
+// Calls read(x, branch) with the two rows in their own 16-bit type where they share one, else as floats.
+template <typename Read>
+inline void read_rows(const View& x, const View& branch, RowReader* in, int64_t b, int64_t n, int64_t D,
+                      const Read& read) {
+  const bool plain = x.dtype == branch.dtype && x.sd == 1 && branch.sd == 1;
+  if (plain && x.dtype == kBF16) {
+    read(reinterpret_cast<const bf16*>(element(x, b, n)), reinterpret_cast<const bf16*>(element(branch, b, n)));
+  } else if (plain && x.dtype == kF16) {
+    read(reinterpret_cast<const f16*>(element(x, b, n)), reinterpret_cast<const f16*>(element(branch, b, n)));
+  } else {
+    read(in[0].row(b, n, D), in[1].row(b, n, D));
+  }
+}
+
 // The value as it was stored.
 template <typename V>
 inline V stored(V v, Streamed, int64_t) {
@@ -141,29 +163,33 @@ inline float stored(float, T* out, int64_t i) {
 
 inline Ahead ahead(const View& v, int64_t b, int64_t n) { return Ahead{element(v, b, n), dtype_size(v.dtype)}; }
 
+// kRms is a template argument so that every use of it compiles to the same additions: fused and separate operators
+// agree bit for bit.
+template <bool kRms>
 inline void forward_row(const AdalnForward& a, int64_t token, int64_t next, RowReader* in, float* r_scratch,
                         float* y_scratch) {
   const int64_t D = a.D, b = token / a.N, n = token % a.N;
   const bool gated = a.gate.data != nullptr;
   const Ahead next_x = gated ? Ahead{} : ahead(a.x, next / a.N, next % a.N);
   const Ahead next_y = gated ? Ahead{} : ahead(a.y, next / a.N, next % a.N);
-  const float* r = in[0].row(b, n, D);
-  const bool rms = a.rms != 0;
   float first = 0;  // sum of the row (LayerNorm) or of its squares (RMSNorm), taken while the row is first touched
   bool summed = false;
+  const float* r;
   if (gated) {
-    const float *x = r, *branch = in[1].row(b, n, D), *gate = in[2].row(b, n, D);
+    const float* gate = in[2].row(b, n, D);
     // When the residual is stored in 16 bits the norm sees the rounded value: what gate_residual followed by
     // adaln_modulate computes, and what the backward pass reads.
     const bool stream = streams(a.residual, a.B * a.N * D), in_place = direct(a.residual) && !stream;
     float* kept = in_place ? reinterpret_cast<float*>(element(a.residual, b, n)) : r_scratch;
-    write_row(a.residual, b, n, D, stream, y_scratch, [&](auto out) {
-      first = reduce_row(D, [&](int64_t i, auto k) {
-        const auto v = pick(x, i, k) + pick(gate, i, k) * pick(branch, i, k);
-        put(out, i, v);
-        const auto s = stored(v, out, i);
-        if (!in_place) put(kept, i, s);
-        return rms ? s * s : s;
+    read_rows(a.x, a.branch, in, b, n, D, [&](auto x, auto branch) {
+      write_row(a.residual, b, n, D, stream, y_scratch, [&](auto out) {
+        first = reduce_row(D, [&](int64_t i, auto k) {
+          const auto v = pick(x, i, k) + pick(gate, i, k) * pick(branch, i, k);
+          put(out, i, v);
+          const auto s = stored(v, out, i);
+          if (!in_place) put(kept, i, s);
+          return square_if<kRms>(s);
+        });
       });
     });
     summed = true;
@@ -172,17 +198,29 @@ inline void forward_row(const AdalnForward& a, int64_t token, int64_t next, RowR
       summed = false;  // those were the values before they were rounded
     }
     r = kept;
+  } else if (a.x.dtype != kF32 && a.x.sd == 1) {
+    read_rows(a.x, a.x, in, b, n, D, [&](auto x, auto) {
+      first = reduce_row(D, [&](int64_t i, auto k) {
+        const auto v = pick(x, i, k);
+        put(r_scratch, i, v);
+        return square_if<kRms>(v);
+      });
+    });
+    summed = true;
+    r = r_scratch;
+  } else {
+    r = in[0].row(b, n, D);
   }
   if (a.scale.data == nullptr) return;
   const float inv_d = 1.0f / static_cast<float>(D);
   if (!summed)
     first = reduce_row(D, [&](int64_t i, auto k) {
       const auto v = pick(r, i, k);
-      return rms ? v * v : v;
+      return square_if<kRms>(v);
     });
-  const float mean = rms ? 0.0f : first * inv_d;
+  const float mean = kRms ? 0.0f : first * inv_d;
   float square = first;
-  if (!rms)
+  if (!kRms)
     square = reduce_row(D, [&](int64_t i, auto k) {
       if (!gated) next_x.at(i);
       const auto v = pick(r, i, k) - mean;
@@ -306,7 +344,8 @@ void adaln_forward(const AdalnForward& a) {
     const Scratch s(9, a.D);
     RowReader in[] = {{a.x, s.row(0)},     {a.branch, s.row(1)}, {a.gate, s.row(2)}, {a.shift, s.row(3)},
                       {a.scale, s.row(4)}, {a.weight, s.row(5)}, {a.bias, s.row(6)}};
-    for (int64_t t = first; t < last; ++t) forward_row(a, t, t + 1 < last ? t + 1 : t, in, s.row(7), s.row(8));
+    const auto row = a.rms ? forward_row<true> : forward_row<false>;
+    for (int64_t t = first; t < last; ++t) row(a, t, t + 1 < last ? t + 1 : t, in, s.row(7), s.row(8));
     fence();
   });
 }

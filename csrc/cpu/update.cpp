@@ -56,6 +56,8 @@ template <typename T>
 inline void put(T* p, int64_t i, float v) {
   p[i] = from_float<T>(v);
 }
+inline void put(Streamed s, int64_t i, vf v) { store(s, i, v); }
+inline void put(Streamed s, int64_t i, float v) { s.p[i] = v; }
 inline vf clamped(vf v, float bound) {  // NaN passes
   const vf low = v < -splat(bound) ? -splat(bound) : v;
   return low > splat(bound) ? splat(bound) : low;
@@ -63,8 +65,8 @@ inline vf clamped(vf v, float bound) {  // NaN passes
 inline float clamped(float v, float bound) { return fastdiff::clamp(v, bound); }
 
 // K terms and the output of one type: one loop, nothing between memory and registers.
-template <int K, bool kClamped, typename T>
-inline void uniform(T* out, const void* const* terms, const Terms& u, int64_t n) {
+template <int K, bool kClamped, typename T, typename Out>
+inline void uniform(Out out, const void* const* terms, const Terms& u, int64_t n) {
   const T* t[K];
   for (int j = 0; j < K; ++j) t[j] = static_cast<const T*>(terms[j]);
   const bool no_c = kClamped && u.c[0] == 0, no_a = u.a[0] == 0;  // see accumulate
@@ -85,28 +87,35 @@ inline void uniform(T* out, const void* const* terms, const Terms& u, int64_t n)
   for (; i < n; ++i) step(i, 0.0f);
 }
 
-template <bool kClamped, typename T>
-inline bool uniform_of(int count, T* out, const void* const* t, const Terms& u, int64_t n) {
+template <bool kClamped, typename T, typename Out>
+inline bool uniform_of(int count, Out out, const void* const* t, const Terms& u, int64_t n) {
   switch (count) {
     case 1:
-      return uniform<1, kClamped>(out, t, u, n), true;
+      return uniform<1, kClamped, T>(out, t, u, n), true;
     case 2:
-      return uniform<2, kClamped>(out, t, u, n), true;
+      return uniform<2, kClamped, T>(out, t, u, n), true;
     case 3:
-      return uniform<3, kClamped>(out, t, u, n), true;
+      return uniform<3, kClamped, T>(out, t, u, n), true;
     case 4:
-      return uniform<4, kClamped>(out, t, u, n), true;
+      return uniform<4, kClamped, T>(out, t, u, n), true;
     default:
       return false;
   }
 }
 
-template <typename T>
-inline bool uniform_as(const Update& u, const Terms& terms, int64_t begin, int64_t n) {
+template <typename T, typename Out>
+inline bool uniform_as(const Update& u, const Terms& terms, Out out, int64_t begin, int64_t n) {
   const void* t[kMaxTerms];
   for (int i = 0; i < u.count; ++i) t[i] = static_cast<const T*>(u.term[i]) + begin;
-  T* out = static_cast<T*>(u.out) + begin;
-  return terms.clamped ? uniform_of<true>(u.count, out, t, terms, n) : uniform_of<false>(u.count, out, t, terms, n);
+  return terms.clamped ? uniform_of<true, T>(u.count, out, t, terms, n)
+                       : uniform_of<false, T>(u.count, out, t, terms, n);
+}
+
+// Written around the caches (vec.h), unless the output is one of the terms, whose lines are here already.
+inline bool streams(const Update& u) {
+  for (int i = 0; i < u.count; ++i)
+    if (u.term[i] == u.out) return false;
+  return u.B * u.M * 4 >= kStreamBytes;
 }
 
 // One range [begin, end) of one sample whose row starts at element `row`.
@@ -115,9 +124,19 @@ inline void update_range(const Update& u, const Terms& terms, int64_t row, int64
   for (int i = 0; i < u.count; ++i) same = same && u.term_dtype[i] == u.out_dtype;
   if (same) {
     const int64_t first = row + begin, n = end - begin;
-    if (u.out_dtype == kF32 && uniform_as<float>(u, terms, first, n)) return;
-    if (u.out_dtype == kF16 && uniform_as<f16>(u, terms, first, n)) return;
-    if (u.out_dtype == kBF16 && uniform_as<bf16>(u, terms, first, n)) return;
+    char* out = at(u.out, u.out_dtype, first);
+    if (u.out_dtype == kF32) {
+      auto* p = reinterpret_cast<float*>(out);
+      if (streams(u) && can_stream(p)) {
+        if (uniform_as<float>(u, terms, Streamed{p}, first, n)) return fence();
+      } else if (uniform_as<float>(u, terms, p, first, n)) {
+        return;
+      }
+    } else if (u.out_dtype == kF16) {
+      if (uniform_as<f16>(u, terms, reinterpret_cast<f16*>(out), first, n)) return;
+    } else {
+      if (uniform_as<bf16>(u, terms, reinterpret_cast<bf16*>(out), first, n)) return;
+    }
   }
   alignas(64) float scratch[kBlock], acc[kBlock], x0[kBlock];
   for (int64_t at0 = begin; at0 < end; at0 += kBlock) {

@@ -49,6 +49,10 @@ inline void store(Streamed s, int64_t i, vf v) { _mm_stream_ps(s.p + i, (__m128)
 #else
 inline void store(Streamed s, int64_t i, vf v) { store(s.p + i, v); }
 #endif
+// An output larger than this does not stay in L2 anyway. Measured on a chain of gate_residual_adaln and Linear at
+// D = 1152, float32: +1 % end to end from 9 MB and nothing either way at 5 MB, while the op alone gains 10 to 20 %; at
+// 2 MB and less the reader that follows pays more than the op gains.
+constexpr int64_t kStreamBytes = 4 << 20;
 inline void fence() {
 #if defined(__x86_64__)
   _mm_sfence();
