@@ -15,20 +15,32 @@ namespace cpu {
 namespace FASTDIFF_ISA {
 namespace {
 
+// What a row sum adds up: values, or products.
+template <typename V>
+struct Product {
+  V a, b;
+};
+inline vf plus(vf s, vf v) { return s + v; }
+inline float plus(float s, float v) { return s + v; }
+template <typename V>
+inline V plus(V s, Product<V> p) {
+  return madd(p.a, p.b, s);
+}
+
 // Four independent sums hide the latency of the adds; they are combined in a fixed order.
 template <typename Term>
 inline float reduce_row(int64_t D, const Term& term) {
   vf s0 = {}, s1 = {}, s2 = {}, s3 = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= D; i += 4 * kWidth) {
-    s0 += term(i, vf{});
-    s1 += term(i + kWidth, vf{});
-    s2 += term(i + 2 * kWidth, vf{});
-    s3 += term(i + 3 * kWidth, vf{});
+    s0 = plus(s0, term(i, vf{}));
+    s1 = plus(s1, term(i + kWidth, vf{}));
+    s2 = plus(s2, term(i + 2 * kWidth, vf{}));
+    s3 = plus(s3, term(i + 3 * kWidth, vf{}));
   }
-  for (; i + kWidth <= D; i += kWidth) s0 += term(i, vf{});
+  for (; i + kWidth <= D; i += kWidth) s0 = plus(s0, term(i, vf{}));
   float tail = 0;
-  for (; i < D; ++i) tail += term(i, 0.0f);
+  for (; i < D; ++i) tail = plus(tail, term(i, 0.0f));
   return sum((s0 + s1) + (s2 + s3)) + tail;
 }
 
@@ -107,9 +119,19 @@ inline bool streams(const View& v, int64_t elements) {
   return v.data != nullptr && v.dtype == kF32 && v.sd == 1 && elements * 4 >= kStreamBytes;
 }
 
+// A number the compiler may not take apart again: it would otherwise fuse r - first * inv_d into one rounding on some
+// paths and not on others, and the same row would come out with different last bits.
+inline float settled(float v) {
+  __asm__ volatile("" : "+m"(v));
+  return v;
+}
+
 template <bool kSquare, typename V>
-inline V square_if(V v) {
-  return kSquare ? v * v : v;
+inline auto square_if(V v) {
+  if constexpr (kSquare)
+    return Product<V>{v, v};
+  else
+    return v;
 }
 
 // Calls write(out) with `out` of the row's own type, so that results are stored as they are computed; a row with a
@@ -163,8 +185,6 @@ inline float stored(float, T* out, int64_t i) {
 
 inline Ahead ahead(const View& v, int64_t b, int64_t n) { return Ahead{element(v, b, n), dtype_size(v.dtype)}; }
 
-// kRms is a template argument so that every use of it compiles to the same additions: fused and separate operators
-// agree bit for bit.
 template <bool kRms>
 inline void forward_row(const AdalnForward& a, int64_t token, int64_t next, RowReader* in, float* r_scratch,
                         float* y_scratch) {
@@ -218,15 +238,15 @@ inline void forward_row(const AdalnForward& a, int64_t token, int64_t next, RowR
       const auto v = pick(r, i, k);
       return square_if<kRms>(v);
     });
-  const float mean = kRms ? 0.0f : first * inv_d;
+  const float mean = kRms ? 0.0f : settled(first * inv_d);
   float square = first;
   if (!kRms)
     square = reduce_row(D, [&](int64_t i, auto k) {
       if (!gated) next_x.at(i);
       const auto v = pick(r, i, k) - mean;
-      return v * v;
+      return Product<decltype(k)>{v, v};
     });
-  const float rstd = 1.0f / __builtin_sqrtf(square * inv_d + a.eps);
+  const float rstd = 1.0f / __builtin_sqrtf(settled(square * inv_d) + a.eps);
   if (a.mean != nullptr) a.mean[b * a.N + n] = mean, a.rstd[b * a.N + n] = rstd;
   const float *shift = in[3].row(b, n, D), *scale = in[4].row(b, n, D);
   const float *weight = in[5].row(0, 0, D), *bias = in[6].row(0, 0, D);
@@ -305,9 +325,10 @@ inline void backward_row(const AdalnBackward& a, int64_t b, int64_t n, int64_t w
     finish_row(a.dshift, dshift, token, D);
     finish_row(a.dscale, dscale, token, D);
     const float inv_d = 1.0f / static_cast<float>(D);
-    const float m1 = a.rms ? 0.0f : reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k); }) * inv_d;
-    const float m2 =
-        reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k) * ((pick(r, i, k) - mean) * rstd); }) * inv_d;
+    const float m1 = a.rms ? 0.0f : settled(reduce_row(D, [&](int64_t i, auto k) { return pick(dn, i, k); }) * inv_d);
+    const float m2 = settled(inv_d * reduce_row(D, [&](int64_t i, auto k) {
+                               return Product<decltype(k)>{pick(dn, i, k), (pick(r, i, k) - mean) * rstd};
+                             }));
     each(D, [&](int64_t i, auto k) {
       auto v = (pick(dn, i, k) - m1 - (pick(r, i, k) - mean) * rstd * m2) * rstd;
       if (grad_residual != nullptr) v += pick(grad_residual, i, k);

@@ -35,6 +35,21 @@ inline vf load(const float* p) {
 }
 inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
+// a * b + c in one rounding where the set has the instruction. Sums of products use it by name: left to the compiler,
+// a vectorised loop and its scalar remainder may round differently from one copy of the code to the next.
+#if defined(__AVX512F__)
+inline vf madd(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__)
+inline vf madd(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+inline vf madd(vf a, vf b, vf c) { return a * b + c; }
+#endif
+#if defined(__FMA__) || defined(__aarch64__)
+inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
+inline float madd(float a, float b, float c) { return a * b + c; }
+#endif
+
 // A float row that is written around the caches: no line is read just to be overwritten, which saves a third of the
 // traffic of a store. Needs vector-aligned memory and a fence() before anyone else may look.
 struct Streamed {
