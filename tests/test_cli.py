@@ -77,14 +77,16 @@ def test_version() -> None:
 
 
 def test_info_as_json_and_as_a_table() -> None:
-    result = invoke("info", "--json")
-    found = json.loads(result.stdout)
-    assert result.exit_code == 0
+    # In a process of its own: this one has scikit-learn's copy of libgomp beside torch's, which `info` reports.
+    command = "from fastdiff.cli._app import app; app({!r})"
+    done = python(command.format(["info", "--json"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
     assert found["native"] is (_native.extension is not None)
     assert found["cpu_isa"] == fastdiff.cpu_isa()
     assert found["torch"] == torch.__version__
-    assert found["threads"] == torch.get_num_threads()
-    text = invoke("info").stdout
+    assert len(found["openmp_runtimes"] or [""]) == 1
+    text = python(command.format(["info"]), COLUMNS="300").stdout
     for value in (fastdiff.__version__, torch.__version__, found["cpu"], *(found["openmp_runtimes"] or [])):
         assert value in text
 
