@@ -1,5 +1,5 @@
-// The only file that knows Python. Operands arrive as tuples made by fastdiff/ops/_native_args.py, device < 0 is the
-// CPU, and the GIL is released while a kernel runs.
+// The only file that knows Python. Operands arrive as tuples made in fastdiff/ops, or as tensors (the fast way in);
+// device < 0 is the CPU, and the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -157,9 +157,11 @@ void update_backward(int device, uintptr_t stream, int64_t B, int64_t M, const p
 // the ordinary way, which validates and names what is wrong.
 
 const dlpack::ExchangeTable* exchange = nullptr;
+PyTypeObject *tensor_type = nullptr, *parameter_type = nullptr;  // torch's; modules outlive us
+PyObject *requires_grad = nullptr, *is_neg = nullptr;            // interned names
 
-bool connect(const py::object& tensor_type) {
-  const py::object capsule = py::getattr(tensor_type, "__dlpack_c_exchange_api__", py::none());
+bool connect(const py::object& tensor, const py::object& parameter) {
+  const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   if (capsule.is_none()) return false;
   auto* table = static_cast<const dlpack::ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (table == nullptr) {
@@ -168,12 +170,32 @@ bool connect(const py::object& tensor_type) {
   }
   if (table->major != 1 || table->describe == nullptr || table->current_stream == nullptr) return false;
   exchange = table;
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  requires_grad = PyUnicode_InternFromString("requires_grad");
+  is_neg = PyUnicode_InternFromString("is_neg");
   return true;
 }
 
-bool describe(const py::handle& h, dlpack::Tensor* t) {
-  if (exchange->describe(h.ptr(), t) == 0) return true;
-  PyErr_Clear();  // e.g. a tensor without storage: the ordinary way reports it
+// Exactly a tensor or parameter (a subclass may mean something else by its memory), not lazily negated, and, where
+// gradients are recorded, in no need of one.
+bool plain(const py::handle& h, bool grad) {
+  if (Py_TYPE(h.ptr()) != tensor_type && Py_TYPE(h.ptr()) != parameter_type) return false;
+  PyObject* answer = nullptr;
+  if (grad) {
+    answer = PyObject_GetAttr(h.ptr(), requires_grad);
+    Py_XDECREF(answer);  // True and False live on
+    if (answer != Py_False) return PyErr_Clear(), false;
+  }
+  answer = PyObject_CallMethodNoArgs(h.ptr(), is_neg);
+  Py_XDECREF(answer);
+  return answer == Py_False || (PyErr_Clear(), false);
+}
+
+bool describe(const py::handle& h, bool grad, dlpack::Tensor* t, bool fresh = false) {
+  if (!fresh && !plain(h, grad)) return false;
+  if (exchange->describe(h.ptr(), t) == 0) return t->data != nullptr || t->numel() == 0;  // null: no real storage
+  PyErr_Clear();  // the ordinary way reports what is wrong with it
   return false;
 }
 
@@ -215,25 +237,31 @@ bool fast_view(const dlpack::Tensor& t, Role role, const dlpack::Tensor& x, View
 // Operands in the order of the arguments; the last two are outputs.
 enum Slot { kX, kBranch, kGate, kShift, kScale, kWeight, kBias, kResidual, kY, kSlots };
 
-bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, py::handle gate, py::handle shift,
-                py::handle scale, py::handle weight, py::handle bias, py::handle residual, py::handle y) {
+// grad: gradients are being recorded. fresh: the outputs were made for this call, by torch.empty_like.
+bool fast_adaln(bool grad, bool fresh, bool rms, py::handle epsilon, py::handle x, py::handle branch, py::handle gate,
+                py::handle shift, py::handle scale, py::handle weight, py::handle bias, py::handle residual,
+                py::handle y) {
   if (!PyFloat_CheckExact(epsilon.ptr())) return false;
   const double eps = PyFloat_AS_DOUBLE(epsilon.ptr());
   if (!(eps >= 0 && eps < 1e30)) return false;
   const py::handle given[kSlots] = {x, branch, gate, shift, scale, weight, bias, residual, y};
   const Role role[kSlots] = {kWhole,     kWhole,     kModulation, kModulation, kModulation,
                              kParameter, kParameter, kWhole,      kWhole};
+  // Complete: a gate has its branch and residual, a scale its shift and y, and there is something to do.
+  const bool gated = !gate.is_none(), normed = !scale.is_none();
+  if (gated == branch.is_none() || gated == residual.is_none()) return false;
+  if (normed == shift.is_none() || normed == y.is_none() || !(gated || normed)) return false;
   AdalnForward a;
   View* const view[kSlots] = {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual, &a.y};
   dlpack::Tensor t[kSlots];
   int device;
   void* stream;
-  if (!describe(x, &t[kX]) || t[kX].ndim != 3 || !t[kX].contiguous() || t[kX].numel() == 0 ||
+  if (!describe(x, grad, &t[kX]) || t[kX].ndim != 3 || !t[kX].contiguous() || t[kX].numel() == 0 ||
       !place(t[kX], &device, &stream))
     return false;
   for (int i = 0; i < kSlots; ++i) {
     if (given[i].is_none()) continue;
-    if (i != kX && !describe(given[i], &t[i])) return false;
+    if (i != kX && !describe(given[i], grad, &t[i], fresh && i >= kResidual)) return false;
     if (!fast_view(t[i], role[i], t[kX], view[i])) return false;
   }
   // Outputs are contiguous, of the type of x, and apart from all else, except that the residual may be x or branch
@@ -254,16 +282,18 @@ bool fast_adaln(bool rms, py::handle epsilon, py::handle x, py::handle branch, p
 
 // rule: None for a linear update, else (prediction, eta, guidance, has_uncond, has_noise, clip); coefficients are
 // floats.
-bool fast_update(const py::list& terms, const py::list& coefficients, const py::object& rule, py::handle out) {
+bool fast_update(bool grad, bool fresh, const py::list& terms, const py::list& coefficients, const py::object& rule,
+                 py::handle out) {
   dlpack::Tensor to, t;
   Update u;
   int device;
   void* stream;
   u.count = static_cast<int32_t>(terms.size());
-  if (u.count < 1 || u.count > kMaxTerms || !describe(out, &to) || !to.contiguous() || !place(to, &device, &stream))
+  if (u.count < 1 || u.count > kMaxTerms || !describe(out, grad, &to, fresh) || !to.contiguous() ||
+      !place(to, &device, &stream))
     return false;
   for (int i = 0; i < u.count; ++i) {
-    if (!describe(terms[i], &t) || !t.same_device(to) || !t.same_shape(to) || !t.contiguous()) return false;
+    if (!describe(terms[i], grad, &t) || !t.same_device(to) || !t.same_shape(to) || !t.contiguous()) return false;
     u.term[i] = t.pointer();
     if ((u.term_dtype[i] = t.code()) < 0) return false;
     if (i == 0 && to.code() != t.code()) return false;

@@ -32,12 +32,13 @@ def _load() -> tuple[ModuleType | None, str]:
 extension, load_error = _load()
 backend = os.environ.get("FASTDIFF_BACKEND", "auto")
 if backend not in BACKENDS:
-    raise ValueError(f"FASTDIFF_BACKEND: expected one of {BACKENDS}, got {backend!r}")
-# The module that serves device tensors; the emulator's tests put theirs here, and CPU tensors then count as device 0.
-emulated: ModuleType | None = None
+    message = f"FASTDIFF_BACKEND: expected one of {BACKENDS}, got {backend!r}; using 'auto'"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    backend = "auto"
 
 # The fast way in (csrc/dlpack.h): the extension reads tensors by itself. None where torch or the build cannot.
-fast: ModuleType | None = extension if extension and extension.connect(torch.Tensor) else None
+_fast: ModuleType | None = extension if extension and extension.connect(torch.Tensor, torch.nn.Parameter) else None
+fast = _fast if backend != "reference" else None  # what is in force, see use_backend
 
 _warned = False
 
@@ -102,18 +103,26 @@ class use_backend:
     """
 
     def __init__(self, name: str) -> None:
-        global backend
         if name not in BACKENDS:
             raise ValueError(f"use_backend: name: expected one of {BACKENDS}, got {name!r}")
+        self._name = name
         self._before = backend
-        backend = name
+        _set_backend(name)
 
     def __enter__(self) -> use_backend:
+        if backend != self._name:  # entered again
+            self._before = backend
+            _set_backend(self._name)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global backend
-        backend = self._before
+        _set_backend(self._before)
+
+
+def _set_backend(name: str) -> None:
+    global backend, fast
+    backend = name
+    fast = _fast if name != "reference" else None
 
 
 def reasons(tensors: Iterable[torch.Tensor | None], *, hard: bool = False) -> list[str]:

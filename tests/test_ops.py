@@ -79,7 +79,7 @@ def assert_within(spec: OpSpec, what: str, got: torch.Tensor, want: torch.Tensor
                   growth: float) -> None:  # fmt: skip
     limit = reg.tolerance(want, magnitude, growth, got.dtype)
     error = (got.double() - want).abs()
-    finite = want.abs() < torch.finfo(got.dtype).max  # what overflows the type is compared in its own law
+    finite = want.abs() < torch.finfo(got.dtype).max  # float64 does not overflow where the type does
     assert torch.isfinite(got[finite]).all(), f"{spec.name}: {what} is not finite where the reference is"
     worst = ((error - limit)[finite]).max() if finite.any() else torch.tensor(0.0)
     assert worst <= 0, f"{spec.name}: {what} is off by {(error / limit)[finite].max():.2f} tolerances"
@@ -462,12 +462,92 @@ def test_float64_runs_on_the_reference_and_native_says_why_not(spec: OpSpec) -> 
 
 
 @every_op
-def test_tensor_subclasses_and_the_profiler_see_the_operator(spec: OpSpec) -> None:
+def test_the_profiler_sees_the_operator(spec: OpSpec) -> None:
     args, kwargs = spec.example(random.Random(0), torch.float32, DEVICE)
     # acc_events: torch 2.11 warns about a profile without it.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         spec.function(*args, **kwargs)
     assert any(event.key.startswith("fastdiff::") for event in profile.key_averages())
+
+
+@every_op
+def test_lazily_negated_and_zero_tensors_are_what_they_stand_for(spec: OpSpec) -> None:
+    for seed in range(8):
+        args, kwargs = spec.example(random.Random(seed), torch.float32, DEVICE)
+        for lazy in (torch._neg_view, lambda t: torch._efficientzerotensor(t.shape, device=t.device)):
+            victims = list(arguments(spec, args, kwargs).values())
+            victim = victims[seed % len(victims)]
+            call = reg.map_tensors(lambda t, v=victim, f=lazy: f(t) if t is v else t, (args, kwargs))
+            plain = reg.map_tensors(lambda t: t.clone() if t._is_zerotensor() else t.resolve_neg(), call)
+            for a, b in zip(outputs(spec.function(*call[0], **call[1])), outputs(spec.function(*plain[0], **plain[1])),
+                            strict=True):  # fmt: skip
+                assert torch.equal(a, b)
+
+
+@every_op
+def test_writing_into_a_tensor_that_a_backward_pass_needs_is_noticed(spec: OpSpec) -> None:
+    for view in (False, True):  # the fast way in, and the ordinary one
+        args, kwargs = spec.example(random.Random(3), torch.float32, DEVICE)
+        want = outputs(spec.function(*args, **kwargs))
+        outs = [torch.empty([*w.shape[:-1], 2 * w.shape[-1]], device=DEVICE)[..., ::2] if view else torch.empty_like(w)
+                for w in want]  # fmt: skip
+        for o in outs:
+            o.zero_()
+            leaf = torch.ones_like(o, requires_grad=True)
+            needs_o = (leaf * o).sum()
+            with torch.no_grad():
+                spec.function(*args, **kwargs, out=outs[0] if len(outs) == 1 else tuple(outs))
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                needs_o.backward()
+
+
+@every_op
+def test_a_vectorised_backward_pass(spec: OpSpec) -> None:
+    args, kwargs = spec.example(random.Random(1), torch.float32, DEVICE)
+    args, kwargs = with_grad(args, kwargs, arguments(spec, args, kwargs))
+    leaf = next(iter(arguments(spec, args, kwargs).values()))
+    result = outputs(spec.function(*args, **kwargs))[0]
+    directions = torch.randn(3, *result.shape, device=DEVICE)
+    (got,) = torch.autograd.grad(result, leaf, directions, is_grads_batched=True, retain_graph=True)
+    for d, g in zip(directions, got, strict=True):
+        (want,) = torch.autograd.grad(result, leaf, d, retain_graph=True)
+        torch.testing.assert_close(g, want, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_samplers_take_a_new_step_size_every_step() -> None:
+    x, v = torch.randn(2, 3, 4, 4, device=DEVICE), torch.randn(2, 3, 4, 4, device=DEVICE)
+
+    def steps(x: torch.Tensor, v: torch.Tensor, a: float) -> list[torch.Tensor]:
+        return [
+            fastdiff.ops.euler_step(x, v, a),
+            fastdiff.ops.euler_step(x, v, a, uncond=x, guidance_scale=2.0 * a),
+            fastdiff.ops.linear_update([1.0, a], [x, v]),
+            fastdiff.ops.ddim_step(x, v, a, 0.5 + a),
+        ]
+
+    compiled = torch.compile(steps, fullgraph=True)
+    for a in (0.1, 0.2, 0.3, 0.45):
+        for got, want in zip(compiled(x, v, a), steps(x, v, a), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_coefficient_that_is_learned_is_the_references_and_native_says_so() -> None:
+    x = torch.randn(2, 5, device=DEVICE)
+    dt = torch.full((2,), 0.1, device=DEVICE, requires_grad=True)
+    fastdiff.ops.euler_step(x, x, dt).sum().backward()
+    torch.testing.assert_close(dt.grad, x.sum(1))
+    assert any("coefficient" in why for why in fastdiff.explain("euler_step", x, x, dt))
+    assert fastdiff.explain("euler_step", x, x, dt.detach().double()) == []
+    with fastdiff.use_backend("native"), pytest.raises(RuntimeError, match="coefficient"):
+        fastdiff.ops.euler_step(x, x, dt)
+
+
+def test_a_half_precision_step_size_is_not_rounded_again() -> None:
+    x, v, u = (torch.randn(2, 50, device=DEVICE) for _ in range(3))
+    dt = torch.tensor([0.1, 0.2], device=DEVICE).half()
+    got = fastdiff.ops.euler_step(x, v, dt, uncond=u, guidance_scale=7.5)
+    want = fastdiff.ops.euler_step(x, v, dt.double(), uncond=u, guidance_scale=7.5)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("used", [0, 1])

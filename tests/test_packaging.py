@@ -219,6 +219,11 @@ def test_explain() -> None:
 
 def test_use_backend_refuses_unknown_names_and_restores() -> None:
     before = _native.backend
+    setting = fastdiff.use_backend("reference")
+    for _ in range(2):  # the same object, entered twice
+        with setting:
+            assert _native.backend == "reference"
+        assert _native.backend == before
     with pytest.raises(ValueError, match=r"use_backend: name: expected one of .*'fast'"):
         fastdiff.use_backend("fast")
     with fastdiff.use_backend("reference"):

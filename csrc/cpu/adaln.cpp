@@ -1,9 +1,9 @@
 // Adaptive layer norm, forward and backward (see AdalnForward and AdalnBackward in fastdiff.h for the formulas).
 //
 // Floor: x (and branch) read once, outputs written once; modulation rows stay in cache.
-// Mapping: a row lives in L1 while it is read three times (sum; squared deviations; output). Two exact passes for the
-// variance instead of E[x^2] - E[x]^2, which loses everything when the mean is large. Rows whose modulation is per
-// sample reuse the widened modulation. float32 rows are read in place, other types are widened once into scratch.
+// Mapping: a row lives in L1 from its first touch on, when its sum is taken too; squared deviations and output read it
+// there. Two exact passes for the variance instead of E[x^2] - E[x]^2, which loses everything when the mean is large.
+// Modulation rows are widened once per sample. Large float32 outputs are written around the caches.
 // Backward: one pass over the rows of a chunk (kChunk tokens of one sample) writes dx and dbranch and adds the chunk's
 // share of every broadcast gradient to a workspace row; a second pass adds the chunks in order.
 #include "isa.h"

@@ -208,12 +208,13 @@ def _bad_modulation(index: int, name: str) -> list[Bad]:
 _BAD_X: list[Bad] = [
     ("x of 2 dimensions", _replace(0, lambda t: t[0]), ValueError, ("x", "[B, N, D]")),
     ("x is no tensor", _replace(0, lambda t: [1.0]), TypeError, ("x", "Tensor", "list")),
+    ("x is sparse", _replace(0, lambda t: t.to_sparse()), TypeError, ("x", "dense")),
     ("x of an integer type", _replace(0, lambda t: t.long()), TypeError, ("x", "int64")),
 ]
 _BAD_NORM: list[Bad] = [
     ("unknown norm", _option(norm="batch"), ValueError, ("norm", "'batch'")),
     ("negative eps", _option(eps=-1.0), ValueError, ("eps", "-1.0")),
-    ("eps is no number", _option(eps="small"), ValueError, ("eps", "'small'")),
+    ("eps is no number", _option(eps="small"), TypeError, ("eps", "str")),
 ]
 _BAD_OUT: list[Bad] = [
     (
@@ -223,8 +224,17 @@ _BAD_OUT: list[Bad] = [
         ("out", "float64"),
     ),
     ("out of another shape", lambda a, k: (a, {**k, "out": torch.empty_like(a[0])[:0]}), ValueError, ("out",)),
+    ("out overlaps itself", lambda a, k: (a, {**k, "out": _self_overlapping(a[0])}), ValueError, ("out", "distinct")),
     ("out overlaps an input", lambda a, k: _overlapping(a, k), ValueError, ("out", "overlap")),
 ]
+
+
+def _self_overlapping(x: torch.Tensor) -> torch.Tensor:
+    """Of the shape of x, with rows that share half of their memory."""
+    strides = [1] * x.dim()
+    for d in range(x.dim() - 2, -1, -1):
+        strides[d] = max(1, strides[d + 1] * x.shape[d + 1] // 2)
+    return torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device).as_strided(x.shape, strides)
 
 
 def _overlapping(args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.Call:
@@ -358,6 +368,12 @@ reg.add(
             *_BAD_X, *_bad_modulation(2, "gate"), *_bad_modulation(3, "shift"), *_bad_modulation(4, "scale"),
             *_BAD_NORM,
             ("branch of another shape", _replace(1, _longer), ValueError, ("branch", "shape of x")),
+            (
+                "half a pair",
+                lambda a, k: (a, {**k, "out": (torch.empty_like(a[0]), None)}),
+                TypeError,
+                ("out", "NoneType"),
+            ),
             ("out is no pair", lambda a, k: (a, {**k, "out": torch.empty_like(a[0])}), TypeError, ("out", "pair")),
         ],
         bytes=lambda x, branch, gate, shift, scale, **_: 3 * nbytes(x) + nbytes(branch, gate, shift, scale),

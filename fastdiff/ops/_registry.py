@@ -131,6 +131,16 @@ def transforms_active() -> bool:
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def vectorised(grads: Tensors) -> bool:
+    """A backward pass runs for many upstream gradients at once (`is_grads_batched`, vmap): no plain memory."""
+    if torch.compiler.is_compiling():
+        return False
+    if transforms_active():
+        return True
+    # `is_grads_batched` is not a functorch transform; only the tensor's own keys tell.
+    return any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads)
+
+
 def route(op: str, required: Tensors, optional: Tensors = ()) -> str:
     """Who serves a call on these tensors; see the module's docstring. `optional` ones may be None.
 
@@ -166,18 +176,17 @@ def direct_is_safe() -> bool:
     )
 
 
-def fast(tensors: Sequence[Any], *out: Any) -> Any:
-    """The extension's fast entry points, or None where a call on these tensors may need more thought.
+def fast(x: Any) -> Any:
+    """The extension's fast entry points, or None where a call on x may need more thought.
 
-    They take plain tensors that need no gradient, with no mode, tracer or transform active; what else could be wrong
-    with a call they find themselves, and decline.
+    They serve plain tensors that need no gradient, with no mode, tracer or transform active; what else could be unusual
+    about a call they find themselves, and decline.
     """
     entry = _native.fast
     if (
         entry is None
+        or type(x) not in _PLAIN
         or torch.compiler.is_compiling()
-        or _native.backend == "reference"
-        or _native.emulated is not None
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
@@ -185,19 +194,22 @@ def fast(tensors: Sequence[Any], *out: Any) -> Any:
         or torch._C._len_torch_function_stack()
     ):
         return None
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) not in _PLAIN or (grad and t.requires_grad):
-            return None
-    for t in out:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
-            return None
     return entry
+
+
+def written(*out: torch.Tensor | None) -> None:
+    """Tell autograd that these were written in place, so that a backward pass that needed the old values says so."""
+    for t in out:
+        if t is not None and not torch.compiler.is_compiling() and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def call(op: Any, kernel: Callable[..., Any], *args: Any) -> Any:
     """The registered operator, or its kernel directly where going around the dispatcher is safe."""
-    plain = direct_is_safe() and all(type(t) in _PLAIN for t in tensors_in(args))
+    # Lazily negated and all-zero tensors (z.conj().imag, forward-mode zeros) are made real by the dispatcher.
+    plain = direct_is_safe() and all(
+        type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor() for t in tensors_in(args)
+    )
     return kernel(*args) if plain else op(*args)
 
 
@@ -212,17 +224,29 @@ def _fallback(op: str, tensors: Tensors) -> str:
     return REFERENCE
 
 
+LEARNED = "a coefficient requires a gradient: the reference is its derivative"
+
+
+def learned(coefficients: Sequence[Any]) -> bool:
+    """A gradient is wanted of a coefficient."""
+    return torch.is_grad_enabled() and any(isinstance(c, torch.Tensor) and c.requires_grad for c in coefficients)
+
+
 def explain(op_name: str, *args: Any, **kwargs: Any) -> list[str]:
     """Every reason why ``op_name(*args, **kwargs)`` would not run on the native kernels; empty if it would.
 
     Raises:
-        ValueError: there is no operator of that name.
+        ValueError: there is no operator of that name; also what the call itself would raise for bad coefficients.
     """
     if op_name not in SPECS:
         raise ValueError(f"explain: op_name: expected one of {sorted(SPECS)}, got {op_name!r}")
-    found = _native.reasons(tensors_in((args, kwargs)))
+    _, lowered = SPECS[op_name].lower(*args, **kwargs)
+    # An update's first argument are its terms; its per-sample coefficients may be of more types.
+    found = _native.reasons(tensors_in(lowered[0] if isinstance(lowered[0], list) else lowered))
     if transforms_active():
         found.append("a forward-mode derivative or functorch transform is active: the reference is its derivative")
+    if isinstance(lowered[0], list) and learned(tensors_in(lowered[1:])):
+        found.append(LEARNED)
     return found
 
 
@@ -270,6 +294,8 @@ def check_tensor(op: str, argument: str, value: object, like: torch.Tensor | Non
         fail(op, argument, "a torch.Tensor", type(value).__name__, TypeError)
     if not value.is_floating_point():
         fail(op, argument, "a floating-point tensor", value.dtype, TypeError)
+    if value.layout != torch.strided or value.is_nested:
+        fail(op, argument, "a dense tensor", "a nested one" if value.is_nested else value.layout, TypeError)
     if like is not None and value.device != like.device:
         fail(op, argument, f"a tensor on {like.device}", value.device)
 
@@ -284,7 +310,7 @@ def check_out(op: str, out: object, like: torch.Tensor, inputs: Tensors, may_ali
         fail(op, "out", f"dtype {like.dtype}", out.dtype, TypeError)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *inputs)):
         fail(op, "out", "no argument that requires a gradient (out= is not differentiable)", "one that does")
-    if not out.is_contiguous() and any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
+    if not _distinct(out):
         fail(op, "out", "a tensor whose elements are distinct in memory", f"strides {out.stride()}")
     for t in inputs:
         if t is None or not overlaps(out, t):
@@ -292,6 +318,34 @@ def check_out(op: str, out: object, like: torch.Tensor, inputs: Tensors, may_ali
         same = t.data_ptr() == out.data_ptr() and t.stride() == out.stride() and t.shape == out.shape
         if not (same and t.dtype == out.dtype and any(t is a for a in may_alias)):
             fail(op, "out", "memory apart from the inputs, or exactly that of one it may replace", "an overlap")
+
+
+def _distinct(t: torch.Tensor) -> bool:
+    """No two elements share memory: each stride steps over everything that the smaller strides span."""
+    if t.is_contiguous():
+        return True
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride if size > 1 else 0
+    return True
+
+
+def number(op: str, argument: str, value: Any, low: float = float("-inf")) -> float:
+    """`value` as a float: a finite number that is no tensor, at least `low`. While tracing, the value as it is."""
+    if torch.compiler.is_compiling() and not isinstance(value, torch.Tensor):
+        return value  # perhaps a symbol; to look at it would compile anew for every value
+    expected = "a finite number" + (f" >= {low:g}" if low > float("-inf") else "")
+    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__float__"):
+        fail(op, argument, expected, type(value).__name__, TypeError)
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        fail(op, argument, expected, type(value).__name__, TypeError)
+    if not (low <= result and abs(result) < float("inf")):
+        fail(op, argument, expected, repr(value))
+    return result
 
 
 def overlaps(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -161,6 +161,9 @@ def _set(index: int) -> Callable[[Any], Callable[..., reg.Call]]:
 
 
 _BAD_LINEAR = [
+    ("out of another shape, many terms", lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"out": a[1][0][:0]}), ValueError,
+     ("out", "shape")),
+    ("a bad tensor far back", lambda a, k: (([1.0] * 10, [*[a[1][0]] * 9, None]), k), TypeError, ("tensors[9]",)),
     ("no tensors", lambda a, k: (([], []), k), ValueError, ("tensors", "at least one")),
     ("too few coefficients", lambda a, k: ((a[0][1:], a[1]), k), ValueError, ("coefficients", "one per tensor")),
     ("tensors is no list", lambda a, k: ((a[0], 3), k), TypeError, ("tensors", "list")),

@@ -62,9 +62,12 @@ def adaln_modulate(
         TypeError: an argument is not a floating-point tensor.
     """
     rms = _rms("adaln_modulate", norm)
-    if weight is None and bias is None and (fast := reg.fast((x, shift, scale), out)):
+    if weight is None and bias is None and (fast := reg.fast(x)):
         y = torch.empty_like(x) if out is None else out
-        if fast.fast_adaln(rms, eps, x, None, None, shift, scale, None, None, None, y):
+        if fast.fast_adaln(
+            torch.is_grad_enabled(), out is None, rms, eps, x, None, None, shift, scale, None, None, None, y
+        ):
+            reg.written(out)
             return y
     way = reg.route("adaln_modulate", (x, shift, scale), (weight, bias))
     _check("adaln_modulate", x, None, None, shift, scale, weight, bias, eps)
@@ -73,6 +76,7 @@ def adaln_modulate(
         if way is reg.REFERENCE:
             return out.copy_(adaln_modulate_reference(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps))
         reg.call(_modulate_out_op, _modulate_out, x, shift, scale, weight, bias, rms, eps, out)
+        reg.written(out)
         return out
     if way is reg.REFERENCE:
         return adaln_modulate_reference(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps)
@@ -99,9 +103,12 @@ def gate_residual(
         ValueError: a shape or device does not fit, or `out` overlaps an input.
         TypeError: an argument is not a floating-point tensor.
     """
-    if fast := reg.fast((x, branch, gate), out):
+    if fast := reg.fast(x):
         r = torch.empty_like(x) if out is None else out
-        if fast.fast_adaln(False, 0.0, x, branch, gate, None, None, None, None, r, None):
+        if fast.fast_adaln(
+            torch.is_grad_enabled(), out is None, False, 0.0, x, branch, gate, None, None, None, None, r, None
+        ):
+            reg.written(out)
             return r
     way = reg.route("gate_residual", (x, branch, gate))
     _check("gate_residual", x, branch, gate, None, None, None, None, 0.0)
@@ -110,6 +117,7 @@ def gate_residual(
         if way is reg.REFERENCE:
             return out.copy_(gate_residual_reference(x, branch, gate))
         reg.call(_gate_residual_out_op, _gate_residual_out, x, branch, gate, out)
+        reg.written(out)
         return out
     if way is reg.REFERENCE:
         return gate_residual_reference(x, branch, gate)
@@ -154,13 +162,18 @@ def gate_residual_adaln(
     rms = _rms("gate_residual_adaln", norm)
     tensors = (x, branch, gate, shift, scale)
     if out is None:
-        if fast := reg.fast(tensors):
+        if fast := reg.fast(x):
             r, y = torch.empty_like(x), torch.empty_like(x)
-            if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
+            if fast.fast_adaln(
+                torch.is_grad_enabled(), out is None, rms, eps, x, branch, gate, shift, scale, None, None, r, y
+            ):
                 return r, y
-    elif isinstance(out, (tuple, list)) and len(out) == 2 and (fast := reg.fast(tensors, *out)):
+    elif isinstance(out, (tuple, list)) and len(out) == 2 and (fast := reg.fast(x)):
         r, y = out
-        if fast.fast_adaln(rms, eps, x, branch, gate, shift, scale, None, None, r, y):
+        if fast.fast_adaln(
+            torch.is_grad_enabled(), out is None, rms, eps, x, branch, gate, shift, scale, None, None, r, y
+        ):
+            reg.written(r, y)
             return r, y
     way = reg.route("gate_residual_adaln", tensors)
     _check("gate_residual_adaln", x, branch, gate, shift, scale, None, None, eps)
@@ -174,6 +187,7 @@ def gate_residual_adaln(
             return out[0].copy_(r), out[1].copy_(y)
         args = (x, branch, gate, shift, scale, rms, eps, out[0], out[1])
         reg.call(_gate_residual_adaln_out_op, _gate_residual_adaln_out, *args)
+        reg.written(out[0], out[1])
         return out[0], out[1]
     if way is reg.REFERENCE:
         return gate_residual_adaln_reference(x, branch, gate, shift, scale, norm=norm, eps=eps)
@@ -261,7 +275,7 @@ def _check(
     bias: torch.Tensor | None,
     eps: float,
 ) -> None:
-    """The whole contract, for every route; the direct route meets the same errors while it builds its operands."""
+    """The whole contract, for every route but the fast one, which declines what it does not know."""
     reg.check_tensor(op, "x", x)
     B, N, D = _sizes(op, x)
     if branch is not None or op.startswith("gate"):
@@ -275,12 +289,7 @@ def _check(
         if p is not None:
             reg.check_tensor(op, name, p, x)
             _strides(op, name, p, B, N, D)
-    _check_eps(op, eps)
-
-
-def _check_eps(op: str, eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
-        reg.fail(op, "eps", "a finite number >= 0", repr(eps))
+    reg.number(op, "eps", eps, low=0.0)
 
 
 def _sizes(op: str, x: torch.Tensor) -> tuple[int, int, int]:
@@ -346,12 +355,10 @@ def _forward(
     rstd: torch.Tensor | None = None,
 ) -> None:
     B, N, D = _sizes(op, x)
-    if type(eps) is not float or not 0 <= eps < 1e30:
-        _check_eps(op, eps)
     device = x.get_device()
-    ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+    ext = _native.extension
     ext.adaln_forward(  # type: ignore[union-attr]
-        target,
+        device,
         _native.stream(device) if device >= 0 else 0,
         B,
         N,
@@ -483,9 +490,9 @@ def _backward(
         return g.data_ptr(), _CODES[g.dtype], _KINDS[kind], partial
 
     over_batch: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+    ext = _native.extension
     ext.adaln_backward(  # type: ignore[union-attr]
-        target,
+        device,
         _native.stream(device) if device >= 0 else 0,
         B,
         N,
@@ -623,7 +630,8 @@ class _Adaln(torch.autograd.Function):
         if grad_y is None:
             shift = scale = weight = bias = None
             need[3:] = [False] * 4
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or reg.vectorised(grads):
+            # create_graph=True, or a backward pass that is itself vectorised
             full = adaln_backward_reference(
                 grad_y, grad_residual, r, branch, gate, shift, scale, weight, bias, ctx.rms, ctx.eps
             )

@@ -55,6 +55,9 @@ def linear_update(
         reg.fail(op, "coefficients", f"one per tensor, {len(tensors)}", len(coefficients))
     if len(tensors) <= MAX_TERMS:
         return _serve(op, coefficients, tensors, None, out, _linear_reference)
+    checked = _check(op, coefficients, tensors, None)
+    if out is not None:
+        reg.check_out(op, out, tensors[0], (*tensors, *(c for c in checked if isinstance(c, torch.Tensor))), tensors)
     head = linear_update(coefficients[: MAX_TERMS - 1], [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]])
     rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]])
     rest = rest.to(tensors[0].dtype)
@@ -87,13 +90,17 @@ def euler_step(
         ValueError: a shape or device does not fit, or `out` overlaps an input.
         TypeError: an argument is not a floating-point tensor or number.
     """
+    if type(dt) is int:
+        dt = float(dt)
     if uncond is None:
         return _serve("euler_step", [1.0, dt], [x, velocity], None, out, _linear_reference)
-    guidance = _number("euler_step", "guidance_scale", guidance_scale)
+    guidance = reg.number("euler_step", "guidance_scale", guidance_scale)
     if not isinstance(dt, torch.Tensor):
-        dt = _number("euler_step", "dt", dt)
+        dt = reg.number("euler_step", "dt", dt)
     elif not dt.is_floating_point():  # times the guidance it would become one, unnoticed
         reg.fail("euler_step", "dt", "a floating-point tensor or a number", dt.dtype, TypeError)
+    else:
+        dt = dt.double()  # the product is rounded once, whatever type dt came in
     coefficients = [1.0, dt * guidance, dt * (1.0 - guidance)]
     return _serve("euler_step", coefficients, [x, velocity, uncond], None, out, _linear_reference)
 
@@ -141,24 +148,25 @@ def ddim_step(
 
     Raises:
         ValueError: a shape, device, range or option does not fit. Ranges of per-sample tensors are not checked (that
-            would read the device); outside [0, 1] their samples become NaN.
+            would read the device): outside [0, 1], or where the formula divides by zero, those samples are not finite.
         TypeError: an argument is not a floating-point tensor or number.
     """
     op = "ddim_step"
     if prediction not in PREDICTIONS:
         reg.fail(op, "prediction", f"one of {tuple(PREDICTIONS)}", repr(prediction))
     if type(eta) is not float or not 0 <= eta < 1e30:
-        eta = _number(op, "eta", eta, low=0.0)
+        eta = reg.number(op, "eta", eta, low=0.0)
     if eta > 0 and noise is None:
         reg.fail(op, "noise", "a tensor of the shape of x because eta > 0", "None")
-    guidance = 1.0 if uncond is None else _number(op, "guidance_scale", guidance_scale)
-    clip = -1.0 if clip_sample is None else _number(op, "clip_sample", clip_sample, low=0.0)
+    guidance = 1.0 if uncond is None else reg.number(op, "guidance_scale", guidance_scale)
+    clip = -1.0 if clip_sample is None else reg.number(op, "clip_sample", clip_sample, low=0.0)
     terms = [x, pred]
     if uncond is not None:
         terms.append(uncond)
     if eta > 0:
         terms.append(noise)  # type: ignore[arg-type]
-    if not (type(alpha_bar) is type(alpha_bar_next) is float and 0.0 < alpha_bar < 1.0 and 0.0 < alpha_bar_next <= 1.0):
+    plain = not torch.compiler.is_compiling() and type(alpha_bar) is type(alpha_bar_next) is float
+    if not (plain and 0.0 < alpha_bar < 1.0 and 0.0 < alpha_bar_next <= 1.0):
         _check_levels(alpha_bar, alpha_bar_next, prediction, eta)
     rule = (PREDICTIONS[prediction], eta, guidance, uncond is not None, eta > 0, clip)
     return _serve(op, [alpha_bar, alpha_bar_next], terms, rule, out, _ddim_reference)
@@ -266,7 +274,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
 def _column(c: Number, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A coefficient as a tensor that broadcasts against x: [] or [B, 1, ..., 1]."""
     if not isinstance(c, torch.Tensor):
-        return torch.full((), float(c), dtype=dtype, device=x.device)
+        return torch.full((), c, dtype=torch.float64, device=x.device).to(dtype)
     c = c.to(device=x.device, dtype=dtype)
     return c.reshape(()) if c.numel() == 1 else c.reshape(-1, *[1] * (x.dim() - 1))
 
@@ -282,20 +290,12 @@ def _sequence(op: str, argument: str, value: Any) -> list[Any]:
     reg.fail(op, argument, "a list or tuple", type(value).__name__, TypeError)
 
 
-def _number(op: str, argument: str, value: Any, low: float = float("-inf")) -> float:
-    """A finite number that is no tensor, at least `low`."""
-    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__float__"):
-        reg.fail(op, argument, "a number", type(value).__name__, TypeError)
-    number = float(value)
-    if not (low <= number and abs(number) < float("inf")):
-        reg.fail(op, argument, "a finite number" + (f" >= {low:g}" if low > float("-inf") else ""), repr(value))
-    return number
-
-
 def _check_levels(alpha_bar: Number, alpha_bar_next: Number, prediction: str, eta: float) -> None:
-    """Ranges of levels that are given as numbers; those on a device are not read."""
+    """Ranges of levels that are given as numbers; those on a device are not read, nor any while tracing."""
+    if torch.compiler.is_compiling():
+        return
     for name, level in (("alpha_bar", alpha_bar), ("alpha_bar_next", alpha_bar_next)):
-        if not isinstance(level, torch.Tensor) and not 0 <= _number("ddim_step", name, level) <= 1:
+        if not isinstance(level, torch.Tensor) and not 0 <= reg.number("ddim_step", name, level) <= 1:
             reg.fail("ddim_step", name, "a number in [0, 1]", repr(level))
     if prediction == "epsilon" and not isinstance(alpha_bar, torch.Tensor) and alpha_bar == 0:
         reg.fail("ddim_step", "alpha_bar", "a number > 0 (x holds no data that epsilon could reveal)", alpha_bar)
@@ -330,7 +330,7 @@ def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any
     checked: list[Number] = []
     for name, c in zip(_coefficient_names(op, len(coefficients)), coefficients, strict=False):
         if not isinstance(c, torch.Tensor):
-            checked.append(_number(op, name, c))
+            checked.append(reg.number(op, name, c))
             continue
         batch = x.shape[0] if x.dim() else 1
         if not c.is_floating_point():
@@ -339,6 +339,7 @@ def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any
             reg.fail(op, name, f"a number or a tensor of shape [B] = ({batch},)", tuple(c.shape))
         if c.device != x.device and not (c.dim() == 0 and c.device.type == "cpu"):
             reg.fail(op, name, f"a tensor on {x.device}", c.device)
+        c = c.resolve_neg()
         c = c.to(x.device) if c.dtype in _COEFFICIENT_CODES else c.to(x.device, torch.float32)
         checked.append(c.reshape(-1).expand(batch).contiguous() if x.dim() else c.reshape(1))
     return checked
@@ -350,13 +351,16 @@ def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any
 def _serve(
     op: str, coefficients: list[Any], terms: list[Any], rule: Any, out: torch.Tensor | None, reference: Any
 ) -> torch.Tensor:
-    if fast := reg.fast(terms, out):
+    if fast := reg.fast(terms[0]):
         result = torch.empty_like(terms[0]) if out is None else out
-        if fast.fast_update(terms, coefficients, rule, result):
+        if fast.fast_update(torch.is_grad_enabled(), out is None, terms, coefficients, rule, result):
+            reg.written(out)
             return result
     way = reg.route(op, terms)
     checked = _check(op, coefficients, terms, rule)
-    learned = torch.is_grad_enabled() and any(isinstance(c, torch.Tensor) and c.requires_grad for c in checked)
+    learned = reg.learned(checked)
+    if learned and _native.backend == "native":
+        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: {reg.LEARNED}')
     if out is not None:
         reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
     if way is reg.REFERENCE or learned:
@@ -366,6 +370,7 @@ def _serve(
     tables = [c if isinstance(c, torch.Tensor) else None for c in checked]
     if out is not None:
         reg.call(_update_out_op, _update_out, terms, values, tables, *(rule or _LINEAR), out)
+        reg.written(out)
         return out
     if way is reg.GRAD:
         return _Update.apply(len(terms), values, rule or _LINEAR, reference, *terms, *tables)
@@ -398,9 +403,9 @@ def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) 
     B, M, operands, arguments = _operands(terms, values, tables, rule, out)
     device = out.get_device()
     if M:
-        ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+        ext = _native.extension
         ext.update(  # type: ignore[union-attr]
-            target,
+            device,
             _native.stream(device) if device >= 0 else 0,
             B,
             M,
@@ -470,9 +475,9 @@ def _backward(  # type: ignore[no-untyped-def]
     grads = [None if code < 0 else torch.empty_like(like, dtype=_DTYPES[code]) for code in wanted]
     device = grad.get_device()
     if M:
-        ext, target = (_native.extension, device) if _native.emulated is None else (_native.emulated, 0)
+        ext = _native.extension
         ext.update_backward(  # type: ignore[union-attr]
-            target,
+            device,
             _native.stream(device) if device >= 0 else 0,
             B,
             M,
@@ -503,6 +508,7 @@ class _Update(torch.autograd.Function):
         terms, tables = list(tensors[:count]), list(tensors[count:])
         ctx.values, ctx.rule, ctx.reference, ctx.count = values, rule, reference, count
         ctx.clamped = rule[5] >= 0
+        ctx.shape = terms[0].shape
         ctx.codes = [_CODES[t.dtype] for t in terms]
         ctx.save_for_backward(*tables, *(terms if ctx.clamped else []))
         return reg.call(_update_op, _update, terms, values, tables, *rule)
@@ -512,7 +518,8 @@ class _Update(torch.autograd.Function):
         coefficients = len(ctx.values)
         tables, terms = list(ctx.saved_tensors[:coefficients]), list(ctx.saved_tensors[coefficients:])
         need = list(ctx.needs_input_grad[4 : 4 + ctx.count])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or reg.vectorised([grad]):
+            # create_graph=True, or a backward pass that is itself vectorised
             full: list[torch.Tensor] = _reference_gradient(ctx, grad, tables, terms)
         else:
             wanted = [code if n else -1 for code, n in zip(ctx.codes, need, strict=True)]
@@ -524,11 +531,16 @@ class _Update(torch.autograd.Function):
 
 def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same gradients as a differentiable expression. Without a clamp any point will do, so zero it is."""
-    at = terms or [torch.zeros_like(grad, dtype=_DTYPES[c], requires_grad=True) for c in ctx.codes]
-    coefficients = [v if t is None else t for v, t in zip(ctx.values, tables, strict=True)]
-    wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
-    result = ctx.reference(coefficients, at, ctx.rule)
-    return list(torch.autograd.grad(result, wanted, grad, create_graph=True, materialize_grads=True))
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        at = terms or [
+            torch.zeros(ctx.shape, dtype=_DTYPES[c], device=grad.device, requires_grad=True) for c in ctx.codes
+        ]
+        coefficients = [v if t is None else t for v, t in zip(ctx.values, tables, strict=True)]
+        wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
+        result = ctx.reference(coefficients, at, ctx.rule)
+    found = torch.autograd.grad(result, wanted, grad, create_graph=create_graph, materialize_grads=True)
+    return list(found)
 
 
 # ------------------------------------------------------------------------------------------------------ registration
