@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -154,13 +155,86 @@ def test_same_seed_same_bytes_and_another_seed_other_pictures(finished: Path, tm
     run_demo(DemoSettings(**TINY), out, progress=False)
     for name in REPEATABLE:
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
-    (out / "samples-old.png").touch()
-    (out / "mine.txt").touch()
-    run_demo(DemoSettings(**TINY, seed=1), out, progress=False)  # replaces the run, and nothing that is not its own
+    foreign = ["samples-old.png", "samples-03-after.png", "model-mine.safetensors", "mine.txt", "state/thesis.txt"]
+    foreign += ["state/train/notes.txt", "state/reflow/round-1/pairs/mine.safetensors", "state/reflow/round-2/mine.txt"]
+    for name in foreign:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(name)
+    leftover = out / "state" / "train" / ".checkpoint.partial.pt"
+    leftover.touch()
+    run_demo(DemoSettings(**TINY, seed=1), out, overwrite=True, progress=False)
     for name in PICTURES:
         assert (out / name).read_bytes() != (finished / name).read_bytes(), name
-    assert not (out / "samples-old.png").exists()
-    assert (out / "mine.txt").exists()
+    assert [(out / name).read_text() for name in foreign] == foreign  # replaces the run, and only what is its own
+    assert not leftover.exists()
+    assert json.loads((out / "run.json").read_text())["seed"] == 1
+
+
+# --------------------------------------------------------------------------------------------- what may be overwritten
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"state/thesis.txt": "x"},
+        {"model.safetensors": "x", "loss.png": "x"},
+        {"run.json": '{"steps": 5}', "model.safetensors": "x"},  # somebody else's record
+        {"run.json": json.dumps({**vars(DemoSettings()), "num_pairs": "many"}), "loss.png": "x"},
+    ],
+)
+def test_folders_that_are_not_the_demos_are_refused(tmp_path: Path, options: list[str], files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = tree(tmp_path)
+    ran = command("--steps", "1", "--out", str(tmp_path), *options)
+    assert ran.exit_code == 1, ran.output
+    assert "error:" in ran.stderr
+    assert str(tmp_path) in ran.stderr
+    assert "choose another --out" in ran.stderr
+    assert tree(tmp_path) == before
+
+
+def test_a_finished_run_survives_a_plain_rerun(finished: Path) -> None:
+    before = tree(finished)
+    ran = command("--steps", "1", "--out", str(finished))
+    assert ran.exit_code == 1
+    assert all(word in ran.stderr for word in (str(finished), "`--resume`", "`--overwrite`", "another --out"))
+    assert tree(finished) == before
+    ran = command("--out", str(finished), "--overwrite", "--resume")
+    assert ran.exit_code == 1
+    assert "--resume and --overwrite" in ran.stderr
+    assert tree(finished) == before
+
+
+def test_overwrite_removes_everything_a_run_wrote(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    assert len(tree(out)) > 20
+    demo_module._remove_run(DemoSettings(**TINY), out)
+    assert [path.name for path in out.iterdir()] == ["run.json"]
+
+
+def test_overwrite_and_resume_start_where_nothing_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / ".run.partial.json").touch()  # killed while run.json was written
+    for k, options in enumerate([(False, False), (True, False), (False, True)]):
+        demo_module._open_folder(DemoSettings(seed=k), tmp_path / str(k), *options)
+        assert json.loads((tmp_path / str(k) / "run.json").read_text())["seed"] == k
+
+
+def test_damaged_state_is_reported(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    checkpoint = out / "state" / "train" / "checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:500])
+    with pytest.raises(DemoError, match=r"checkpoint\.pt is damaged.*--overwrite"):
+        run_demo(DemoSettings(**TINY), out, resume=True, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------ stopping and resuming
@@ -249,21 +323,25 @@ def command(*arguments: str):
 
 
 def test_options_reach_the_run(monkeypatch: pytest.MonkeyPatch, finished: Path, tmp_path: Path) -> None:
-    calls: list[tuple[DemoSettings, Path, bool]] = []
+    calls: list[tuple[DemoSettings, Path, bool, bool]] = []
     results = json.loads((finished / "results.json").read_text())
 
-    def record(settings: DemoSettings, out: Path, *, resume: bool, progress: bool) -> dict[str, object]:
-        calls.append((settings, out, resume))
+    def record(
+        settings: DemoSettings, out: Path, *, resume: bool, overwrite: bool, progress: bool
+    ) -> dict[str, object]:
+        calls.append((settings, out, resume, overwrite))
         return results
 
     monkeypatch.setattr(demo_module, "run_demo", record)
     ran = command("--steps", "7", "--seed", "3", "--out", str(tmp_path / "x"), "--json")
     assert ran.exit_code == 0
     assert json.loads(ran.stdout) == results
-    assert calls == [(DemoSettings(steps=7, seed=3), tmp_path / "x", False)]
+    assert calls == [(DemoSettings(steps=7, seed=3), tmp_path / "x", False, False)]
+    command("--overwrite", "--out", str(finished))  # a new run, with settings of its own
+    assert calls[-1] == (DemoSettings(), finished, False, True)
     ran = command("--resume", "--out", str(finished))  # takes the settings of the run that is there
     assert ran.exit_code == 0
-    assert calls[-1] == (DemoSettings(**TINY), finished, True)
+    assert calls[-1] == (DemoSettings(**TINY), finished, True, False)
     one_step = results["steps"]["1"]["after"]
     assert f"{one_step['frechet']:.2f}" in ran.stdout
     assert "report.html" in ran.stdout

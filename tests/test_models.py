@@ -283,3 +283,17 @@ def test_flow_model_samples_its_backbone_in_evaluation_mode() -> None:
     torch.testing.assert_close(flow.get_velocity(x, 0.5, labels), flow.backbone(x, torch.full((4,), 0.5), labels))
     with pytest.raises(ValueError, match="learn_sigma=False"):
         RectifiedFlowModel(random_dit(torch.float32)).sample(x, 1, labels)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_an_empty_batch_gives_an_empty_result(learn_sigma: bool, guidance_scale: float) -> None:
+    model = random_dit(learn_sigma=learn_sigma)
+    x, t, labels = (value[:0] for value in inputs())
+    channels = x.shape[1] * (2 if learn_sigma else 1)
+    assert model(x, t, labels).shape == (0, channels, *x.shape[2:])
+    assert model.forward_with_cfg(x, t, labels, guidance_scale).shape == (0, channels, *x.shape[2:])
+    if not learn_sigma:
+        samples = RectifiedFlowModel(model).sample(x, 2, labels, guidance_scale=guidance_scale)
+        assert samples.shape == x.shape
+        assert samples.dtype == x.dtype

@@ -6,6 +6,7 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -243,10 +244,58 @@ def test_an_interrupted_run_resumes_bitwise(tmp_path: Path, coupling: str) -> No
     assert not same(other, whole)
 
 
-def test_without_resume_a_run_starts_anew(tmp_path: Path) -> None:
-    first = train_rectified_flow(small_dit(), IMAGES, out=tmp_path, **RUN)
-    again = train_rectified_flow(small_dit(), IMAGES, out=tmp_path, **RUN)
-    assert same(first, again)
+def test_without_resume_an_earlier_run_is_refused_untouched(tmp_path: Path) -> None:
+    first = train_rectified_flow(small_dit(), IMAGES, out=tmp_path / "a", **RUN)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with pytest.raises(ValueError, match=r"\[train_rectified_flow\] out: .*/a, .*resume=True continues it"):
+        train_rectified_flow(small_dit(), IMAGES, out=tmp_path / "a", **{**RUN, "seed": 1})
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").touch()  # no run
+    assert same(first, train_rectified_flow(small_dit(), IMAGES, out=tmp_path / "b", **RUN))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: str) -> None:
+    train_rectified_flow(small_dit(), IMAGES, out=tmp_path, **RUN)
+    path = tmp_path / "checkpoint.pt"
+    if damage == "other":
+        torch.save({"step": 1}, path)
+    else:
+        path.write_bytes({"cut": path.read_bytes()[:3000], "empty": b"", "text": b"not a checkpoint"}[damage])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged") as error:
+        train_rectified_flow(small_dit(), IMAGES, out=tmp_path, resume=True, **RUN)
+    assert (error.value.__cause__ is None) == (damage == "other")
+    assert "weights_only" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    flow = small_dit()
+
+    def spoil(step: int, loss: float) -> None:
+        if step == 7:
+            with torch.no_grad():
+                next(flow.parameters()).fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match="loss is nan after step 8"):
+        train_rectified_flow(flow, IMAGES, out=tmp_path, on_step=spoil, **RUN)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 6
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert same(
+        train_rectified_flow(small_dit(), IMAGES, out=tmp_path, resume=True, **RUN),
+        train_rectified_flow(small_dit(), IMAGES, **RUN),
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    flow = small_dit()
+    next(flow.parameters()).register_hook(lambda grad: grad * torch.inf)  # the loss of that step is still finite
+    with pytest.raises(FloatingPointError, match=r"x_embedder.* is not finite after step 1"):
+        train_rectified_flow(flow, IMAGES, out=tmp_path, **{**RUN, "checkpoint_every": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -323,6 +372,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ({"steps": 0}, ["steps", "at least 1", "0"]),
         ({"batch_size": 0}, ["batch_size", "at least 1"]),
         ({"lr": 0.0}, ["lr", "above 0"]),
+        ({"lr": float("nan")}, ["lr", "finite", "nan"]),
+        ({"lr": float("inf")}, ["lr", "finite", "inf"]),
+        ({"weight_decay": float("inf")}, ["weight_decay", "finite", "inf"]),
+        ({"checkpoint_every": 0}, ["checkpoint_every", "at least 1", "0"]),
         ({"ema_decay": 1.0}, ["ema_decay", "[0, 1)", "1.0"]),
         ({"lr_schedule": "step"}, ["lr_schedule", "cosine", "'step'"]),
         ({"labels": LABELS[:3]}, ["labels", "20", "3"]),
@@ -334,6 +387,54 @@ def test_bad_arguments_are_named(change: dict[str, object], words: list[str]) ->
     with pytest.raises(ValueError) as error:
         train_rectified_flow(small_dit(), IMAGES, **{**RUN, **change})
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 2.5}, ["steps", "an integer", "2.5"]),
+        ({"steps": True}, ["steps", "an integer", "True"]),
+        ({"batch_size": 8.0}, ["batch_size", "an integer", "8.0"]),
+        ({"checkpoint_every": "3"}, ["checkpoint_every", "an integer", "'3'"]),
+        ({"seed": 0.5}, ["seed", "an integer", "0.5"]),
+        ({"lr": "0.1"}, ["lr", "a number", "'0.1'"]),
+        ({"labels": LABELS.tolist()}, ["labels", "a tensor", "list"]),
+        ({"data": IMAGES.numpy()}, ["data", "floating-point", "ndarray"]),
+        ({"data": IMAGES.to(torch.uint8)}, ["data", "floating-point", "torch.uint8"]),
+        ({"source": lambda n, generator: [0.0] * n}, ["source", "floating-point", "list"]),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(tmp_path: Path, change: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(TypeError) as error:
+        train_rectified_flow(small_dit(), **{"data": IMAGES, **RUN, **change}, out=tmp_path / "out")
+    assert all(word in str(error.value) for word in ["[train_rectified_flow] ", *words]), error.value
+    assert not (tmp_path / "out").exists() or "source" in change
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_data_that_is_not_finite_is_refused(dtype: torch.dtype, value: float) -> None:
+    data = IMAGES.to(dtype, copy=True)
+    data[7, 0, 1, 2] = value
+    with pytest.raises(ValueError, match=r"\[train_rectified_flow\] data: expected finite values"):
+        train_rectified_flow(small_dit(), data, **RUN)
+
+
+def test_numpy_numbers_are_numbers(tmp_path: Path) -> None:
+    given = {**RUN, "steps": np.int64(12), "seed": np.int32(0), "lr": np.float64(1e-2)}
+    flow = train_rectified_flow(small_dit(), IMAGES, out=tmp_path, **given)
+    assert same(train_rectified_flow(small_dit(), IMAGES, out=tmp_path, resume=True, **RUN), flow)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_data_of_another_type_is_converted_to_the_models(dtype: torch.dtype) -> None:
+    data = IMAGES.bfloat16().float() if dtype == torch.bfloat16 else IMAGES.half().float()  # exact in all
+    expected = train_rectified_flow(small_dit(), data, **RUN)
+    got = train_rectified_flow(small_dit(), data.to(dtype), **RUN)
+    assert same(got, expected)
+    double = RectifiedFlowModel(Mlp()).double()
+    train_rectified_flow(double, corners(8)[0], steps=2, batch_size=4, source=normal, progress=False)
+    assert next(double.parameters()).dtype == torch.float64
 
 
 # ------------------------------------------------------------------------------------------------------------ reflow
@@ -442,6 +543,72 @@ def test_pairs_are_streamed_to_disk_and_not_made_twice(tmp_path: Path) -> None:
     torch.testing.assert_close(flow.sample(whole[0], 2), whole[1])
 
 
+def test_earlier_rounds_and_pairs_are_refused_untouched(tmp_path: Path) -> None:
+    options = {"source": normal, "num_pairs": 8, "num_steps": 1, "progress": False}
+    training = {"steps": 2, "batch_size": 4}
+    reflow(mlp_flow(), out=tmp_path / "whole", **options, **training)
+    generate_pairs(mlp_flow(), out=tmp_path / "pairs" / "round-2" / "pairs", **options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 4
+    for folder in ("whole", "pairs"):
+        with pytest.raises(ValueError, match=rf"\[reflow\] out: .*/{folder}, .*resume=True continues it"):
+            reflow(mlp_flow(1), out=tmp_path / folder, **options, **training)
+    with pytest.raises(ValueError, match=r"\[generate_pairs\] out: .*/pairs, .*resume=True continues it"):
+        generate_pairs(mlp_flow(1), out=tmp_path / "whole" / "round-1" / "pairs", **options)
+    next((tmp_path / "whole").rglob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match=r"\[reflow\] out: .*/whole"):  # the checkpoint alone
+        reflow(mlp_flow(1), out=tmp_path / "whole", **options, **training)
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 3
+
+
+def test_damaged_pairs_are_named(tmp_path: Path) -> None:
+    options = {"source": normal, "num_pairs": 8, "num_steps": 1, "progress": False, "out": tmp_path}
+    generate_pairs(mlp_flow(), **options)
+    path = tmp_path / "00000000.safetensors"
+    for content in (path.read_bytes()[:-20], path.read_bytes()[:4], b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"00000000\.safetensors is damaged"):
+            generate_pairs(mlp_flow(), resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ([(511, 2)], ["[512,...]", "[511, 2]"]),
+        ([(512,)], ["[512,...]", "[512]"]),
+        ([()], ["[512,...]", "[]"]),
+        ([(512, 2), (88, 3)], ["[88, 2]", "[88, 3]"]),
+    ],
+)
+def test_noise_of_the_wrong_shape_is_named(shapes: list[tuple[int, ...]], words: list[str]) -> None:
+    made = iter(shapes)
+    with pytest.raises(ValueError, match="source") as error:
+        reflow(
+            mlp_flow(),
+            source=lambda n, generator: torch.zeros(next(made)),
+            num_pairs=600,
+            num_steps=1,
+            steps=1,
+            progress=False,
+        )
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_reflow_converts_the_noise_to_the_models_type() -> None:
+    pairs = generate_pairs(
+        mlp_flow(),
+        source=lambda n, g: normal(n, g).double(),
+        seed=np.int64(0),
+        num_pairs=8,
+        num_steps=2,
+        progress=False,
+    )
+    expected = generate_pairs(mlp_flow(), source=normal, num_pairs=8, num_steps=2, progress=False)
+    assert torch.equal(pairs[0], expected[0])
+    assert torch.equal(pairs[1], expected[1])
+
+
 def test_bad_reflow_arguments_are_named() -> None:
     options = {"source": normal, "steps": 1, "progress": False}
     with pytest.raises(ValueError, match="num_pairs: expected at least 1, got 0"):
@@ -450,3 +617,12 @@ def test_bad_reflow_arguments_are_named() -> None:
         reflow(mlp_flow(), num_pairs=1, rounds=0, **options)
     with pytest.raises(ValueError, match="num_steps"):
         reflow(mlp_flow(), num_pairs=1, num_steps=0, **options)
+    for change in ({"num_pairs": 1.5}, {"num_steps": True}, {"rounds": 1.0}, {"steps": 2.5}, {"labels": [1, 2]}):
+        with pytest.raises(TypeError, match=f"{next(iter(change))}: expected"):
+            reflow(mlp_flow(), **{"num_pairs": 1, **options, **change})
+
+    def never(n: int, generator: torch.Generator) -> Tensor:
+        raise AssertionError("pairs were generated before the options were checked")
+
+    with pytest.raises(ValueError, match=r"\[reflow\] lr"):
+        reflow(mlp_flow(), num_pairs=1, **{**options, "source": never}, lr=-1.0)

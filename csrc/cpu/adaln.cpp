@@ -116,7 +116,7 @@ inline bool direct(const View& v) { return v.dtype == kF32 && v.sd == 1; }
 
 // Outputs that are written around the caches (vec.h).
 inline bool streams(const View& v, int64_t elements) {
-  return v.data != nullptr && v.dtype == kF32 && v.sd == 1 && elements * 4 >= kStreamBytes;
+  return v.data != nullptr && v.dtype == kF32 && v.sd == 1 && worth_streaming(elements * 4);
 }
 
 // A number the compiler may not take apart again: it would otherwise fuse r - first * inv_d into one rounding on some

@@ -115,7 +115,7 @@ inline bool uniform_as(const Update& u, const Terms& terms, Out out, int64_t beg
 inline bool streams(const Update& u) {
   for (int i = 0; i < u.count; ++i)
     if (u.term[i] == u.out) return false;
-  return u.B * u.M * 4 >= kStreamBytes;
+  return worth_streaming(u.B * u.M * 4);
 }
 
 // One range [begin, end) of one sample whose row starts at element `row`.

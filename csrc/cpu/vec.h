@@ -67,7 +67,9 @@ inline void store(Streamed s, int64_t i, vf v) { store(s.p + i, v); }
 // An output larger than this does not stay in L2 anyway. Measured on a chain of gate_residual_adaln and Linear at
 // D = 1152, float32: +1 % end to end from 9 MB and nothing either way at 5 MB, while the op alone gains 10 to 20 %; at
 // 2 MB and less the reader that follows pays more than the op gains.
-constexpr int64_t kStreamBytes = 4 << 20;
+// From 32 MB on glibc hands out fresh pages every time; the kernel has just cleared them in cache, and going around it
+// costs 10 %.
+inline bool worth_streaming(int64_t bytes) { return bytes >= (4 << 20) && bytes < (32 << 20); }
 inline void fence() {
 #if defined(__x86_64__)
   _mm_sfence();

@@ -5,7 +5,8 @@ reflow, and is sampled with 1, 2, 4 and 16 Euler steps before and after. The pic
 has seen real digits only, and everything is kept in one folder with a report.
 
 Training state lives in ``OUT/state``; every file is renamed into place when it is complete, so that the process may be
-killed at any moment and ``--resume`` continues bitwise from the last checkpoint.
+killed at any moment and ``--resume`` continues bitwise from the last checkpoint. The demo starts in an empty folder
+only, and what it removes (``--overwrite``) is named file by file: no other file in the folder is ever touched.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import importlib
 import json
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 __all__ = ["DemoError", "DemoSettings", "demo", "run_demo"]
 
 STEP_COUNTS = (1, 2, 4, 16)
+RECORD = "run.json"
+RESULTS = (
+    *(f"samples-{n:02d}-{when}.png" for n in STEP_COUNTS for when in ("before", "after")),
+    *("samples-real.png", "loss.png", "frechet.png"),
+    *("model-before-reflow.safetensors", "model.safetensors", "results.json", "report.html"),
+)
 
 
 class DemoError(Exception):
@@ -77,6 +83,9 @@ def demo(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted run from its last checkpoint.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the folder; other files stay.")
+    ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N (default: cpu).", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON on stdout.")] = False,
 ) -> None:
@@ -90,8 +99,10 @@ def demo(
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     console = Console(stderr=True)
     try:
-        settings = _resumed_settings(out, overrides) if resume else None
-        results = run_demo(settings or DemoSettings(**overrides), out, resume=resume, progress=True)
+        settings = _resumed_settings(out, overrides) if resume and not overwrite else None
+        results = run_demo(
+            settings or DemoSettings(**overrides), out, resume=resume, overwrite=overwrite, progress=True
+        )
     except (DemoError, ImportError, OSError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
@@ -111,22 +122,29 @@ def demo(
 
 
 def run_demo(
-    settings: DemoSettings, out: str | os.PathLike[str], *, resume: bool = False, progress: bool = True
+    settings: DemoSettings,
+    out: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Does what ``fastdiff demo`` does.
 
     Args:
         settings: size, length and seed of the run.
-        out: folder for the results; made if missing. Without ``resume``, an earlier run in it is replaced.
+        out: folder for the results; made if missing. It must be empty, or hold an earlier run and one of the following
+            be given.
         resume: continue the run in ``out``; with nothing there yet, start it.
+        overwrite: remove the files of the run in ``out``, and none but these, and start anew.
         progress: show progress on stderr.
 
     Returns:
         The figures, as in ``out/results.json``.
 
     Raises:
-        DemoError: an option is out of range, the folder or device cannot be used, or the run in ``out`` was started
-            with other settings.
+        DemoError: an option is out of range, the folder or device cannot be used, the run in ``out`` was started with
+            other settings or is damaged, or training diverged.
         ImportError: scikit-learn, matplotlib or Pillow is missing.
     """
     out = Path(out)
@@ -139,7 +157,7 @@ def run_demo(
     from fastdiff.models import DiT
     from fastdiff.training import RectifiedFlowModel, reflow, train_rectified_flow
 
-    _open_folder(settings, out, resume)
+    _open_folder(settings, out, resume, overwrite)
     clock = _Clock(progress)
     device = torch.device(settings.device)
     seed = settings.seed
@@ -150,7 +168,7 @@ def run_demo(
         judge = train_digit_judge(train, epochs=settings.judge_epochs, seed=seed)
         scores = _Scores(judge, train, held_out)
 
-    with clock.phase("training"):
+    with clock.phase("training"), _training_errors():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = DiT(
@@ -191,7 +209,7 @@ def run_demo(
             figures[str(n)]["before"] = scores.of(model, n, seed)
             pictures.samples(model, n, "before")
 
-    with clock.phase("reflow"):
+    with clock.phase("reflow"), _training_errors():
         reflow(
             model,
             source=_source,
@@ -282,44 +300,101 @@ def _check_settings(settings: DemoSettings, out: Path) -> None:
 
 def _resumed_settings(out: Path, overrides: dict[str, Any]) -> DemoSettings | None:
     """The settings of the run in ``out`` (None without one) under the options that were given again."""
-    path = out / "run.json"
+    path = out / RECORD
     if not path.is_file():
         return None
     return dataclasses.replace(_read_settings(path), **overrides)
 
 
 def _read_settings(path: Path) -> DemoSettings:
+    """The settings in a run.json that the demo wrote; anything else of that name is refused."""
+    expected = dataclasses.asdict(DemoSettings())
     try:
-        return DemoSettings(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise DemoError(f"--resume: {path} is not the record of a run of this version ({error})") from error
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict) or saved.keys() != expected.keys():
+            raise ValueError("it has other entries")
+        allowed = {k: {type(v), int} if isinstance(v, float) else {type(v)} for k, v in expected.items()}
+        allowed["reflow_steps"] = {int, type(None)}
+        wrong = [k for k, v in saved.items() if type(v) not in allowed[k]]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: of another type")
+    except ValueError as error:  # of JSON and of UTF-8 as well
+        raise DemoError(
+            f"--out: {path} is not the record of a run of this version ({error}); choose another --out"
+        ) from error
+    return DemoSettings(**saved)
 
 
-def _open_folder(settings: DemoSettings, out: Path, resume: bool) -> None:
-    """Leaves ``out`` with a run.json that describes this run, and without the remains of another one."""
+def _open_folder(settings: DemoSettings, out: Path, resume: bool, overwrite: bool) -> None:
+    """Leaves ``out`` with a run.json that describes this run and no remains of another one, or refuses it untouched.
+
+    The results of two runs must not be mixed, and nothing that is not the demo's own may be lost.
+    """
     from fastdiff.cli._report import write_text
+    from fastdiff.training._files import partial_path
 
-    record = out / "run.json"
+    if resume and overwrite:
+        raise DemoError("--resume and --overwrite: expected one of them, got both")
+    record = out / RECORD
     if record.is_file():
+        saved = _read_settings(record)
+        if not resume and not overwrite:
+            raise DemoError(
+                f"--out: {out} holds an earlier run: `--resume` continues it, `--overwrite` replaces it, or choose "
+                "another --out"
+            )
         if resume:
-            saved, now = dataclasses.asdict(_read_settings(record)), dataclasses.asdict(settings)
-            different = [f"{k}={saved[k]} (now {now[k]})" for k in saved if saved[k] != now[k]]
+            before, now = dataclasses.asdict(saved), dataclasses.asdict(settings)
+            different = [f"{k}={before[k]} (now {now[k]})" for k in before if before[k] != now[k]]
             if different:
                 raise DemoError(
                     f"--resume: the run in {out} was started with {', '.join(different)}; resume it with the same "
                     "settings, or start another one with another --out"
                 )
             return
-        # The results of two runs must not be mixed. Only what a run writes goes, run.json first: without it, nothing
-        # that is left can be taken for a run.
-        record.unlink()
-        results = ("samples-*.png", "loss.png", "frechet.png", "model*.safetensors", "results.json", "report.html")
-        for path in (path for pattern in results for path in out.glob(pattern)):
-            path.unlink()
-    if (out / "state").is_dir():
-        shutil.rmtree(out / "state")
+        _remove_run(saved, out)
+    elif out.is_dir() and any(path != partial_path(record) for path in out.iterdir()):
+        raise DemoError(
+            f"--out: expected an empty folder or an earlier run of the demo, but {out} holds other files; choose "
+            "another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_text(record, json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+
+
+def _remove_run(saved: DemoSettings, out: Path) -> None:
+    """Removes the files, by name, that a run with the settings ``saved`` writes, and the folders that this empties.
+
+    All but run.json, which the next run replaces: killed half-way, the folder is still known as the demo's.
+    """
+    from fastdiff.training._files import partial_path
+    from fastdiff.training.reflow import pair_files
+    from fastdiff.training.trainer import RUN_FILES
+
+    state = out / "state"
+    train, rounds = state / "train", state / "reflow"
+    pairs = rounds / "round-1" / "pairs"
+    files = [out / name for name in RESULTS]
+    files += [folder / name for folder in (train, pairs.parent) for name in RUN_FILES]
+    files += pair_files(pairs, saved.num_pairs)
+    for path in files:
+        for name in (path, partial_path(path)):  # the latter is left by a kill in the middle of a write
+            if name.is_file() or name.is_symlink():
+                name.unlink()
+    for folder in (pairs, pairs.parent, rounds, train, state):
+        with suppress(OSError):  # not there, or not empty: it holds somebody's files
+            folder.rmdir()
+
+
+@contextmanager
+def _training_errors() -> Iterator[None]:
+    """What a damaged state or a diverged loss ends the training with, as a message in place of a traceback."""
+    from fastdiff.training._files import DamagedFileError
+
+    try:
+        yield
+    except (DamagedFileError, FloatingPointError) as error:
+        raise DemoError(f"{error} (`--overwrite` starts the demo anew)") from error
 
 
 def _save_model(model: RectifiedFlowModel, path: Path) -> None:

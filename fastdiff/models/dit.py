@@ -64,7 +64,8 @@ class PatchEmbed(nn.Module):
         # A strided convolution is this matrix product; the product is the faster of the two on small patches.
         p = self.proj.kernel_size[0]
         b, c, h, w = x.shape
-        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
+        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(b, (h // p) * (w // p), c * p * p)  # no -1: it is ambiguous for an empty batch
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -296,8 +297,9 @@ class DiT(nn.Module):
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """[B, N, p*p*C] -> [B, C, H, W]; within a token the order is (row, column, channel), as in the paper's code."""
         p, g = self.config["patch_size"], self.config["input_size"] // self.config["patch_size"]
-        tokens = tokens.reshape(-1, g, g, p, p, self.out_channels)
-        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, g * p, g * p)
+        b = len(tokens)
+        tokens = tokens.reshape(b, g, g, p, p, self.out_channels)
+        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(b, self.out_channels, g * p, g * p)
 
     def _check(self, x: Tensor, t: Tensor, cond: Tensor | None) -> None:
         c, s, classes = self.config["in_channels"], self.config["input_size"], self.config["num_classes"]

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["DamagedFileError", "partial_path", "replacing"]
+
+
+class DamagedFileError(ValueError):
+    """A file that a run wrote can no longer be read: cut short, overwritten, or never one of ours."""
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name, with the same suffix, under which ``path`` is written."""
+    return path.with_name(f".{path.stem}.partial{path.suffix}")
 
 
 @contextmanager
@@ -16,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A process killed at any moment leaves either the old file or the new one under ``path``, never a part.
     """
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    temporary = partial_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as handle:

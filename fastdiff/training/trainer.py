@@ -7,6 +7,9 @@ times; on the CPU, so that every device sees the same draws) and torch's global 
 from __future__ import annotations
 
 import hashlib
+import math
+import numbers
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +19,25 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastdiff.training._files import replacing
+from fastdiff.training._files import DamagedFileError, replacing
 from fastdiff.training._progress import progress_bar
 from fastdiff.training.couplings import COUPLINGS, couple
 from fastdiff.training.rectified_flow import RectifiedFlowModel
 
-__all__ = ["Source", "fingerprint", "fit", "train_rectified_flow"]
+__all__ = [
+    "RUN_FILES",
+    "Source",
+    "check_integer",
+    "check_labels",
+    "check_noise",
+    "check_options",
+    "fingerprint",
+    "fit",
+    "model_dtype",
+    "train_rectified_flow",
+]
+
+RUN_FILES = ("checkpoint.pt", "loss.csv")  # what a run keeps in its folder
 
 Source = Callable[[int, torch.Generator], Tensor]  # source(n, generator) -> x_0 [n,...]
 Batch = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor, "Tensor | None"]]  # (index, g) -> x_0, x_1, condition
@@ -54,9 +70,10 @@ def train_rectified_flow(
 
     Args:
         model: trained in place, on the device that it is on.
-        data: [N,...], samples x_1; on any device.
+        data: [N,...], samples x_1, finite and of a floating-point type; on any device. A batch is converted to the type
+            of the model's parameters when it is used.
         source: ``source(n, generator) -> x_0 [n,...]``, drawn with the CPU generator it is given; default: standard
-            normal noise in data's shape.
+            normal noise in data's shape. Converted like data.
         steps: optimiser steps in all, those of earlier runs included when resuming.
         batch_size: pairs per step. An epoch visits every sample once; batches run across epochs, all of full size.
         lr: learning rate, after 1 % of the steps of linear warm-up.
@@ -64,7 +81,8 @@ def train_rectified_flow(
             among equal labels only.
         labels: [N,...], conditions that go with the data.
         seed: the run is a function of it, of the arguments and of the initial weights.
-        out: folder for ``checkpoint.pt`` and ``loss.csv``; None keeps nothing.
+        out: folder for ``checkpoint.pt`` and ``loss.csv``; None keeps nothing. One that holds a checkpoint already is
+            refused, unless ``resume``.
         progress: show a progress bar on stderr.
         resume: continue from ``out/checkpoint.pt`` if there is one; the result is bitwise that of an uninterrupted run.
         ema_decay: return the exponential moving average of the weights, in [0, 1); 0 returns the last ones.
@@ -78,22 +96,47 @@ def train_rectified_flow(
         ``model``.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint belongs to a run with other settings.
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range, data is not finite, ``out`` holds a checkpoint and ``resume`` is False,
+            or the checkpoint is damaged or belongs to a run with other settings.
+        FloatingPointError: the loss or the weights are no longer finite. The last checkpoint is from before that; the
+            model's weights in memory are of no use.
     """
     who = "train_rectified_flow"
-    _require(data.dim() >= 2 and len(data) > 0, who, "data", "shape [N,...] with N > 0", list(data.shape))
+    _check_data(who, data)
     _require(coupling in (*COUPLINGS, "sinkhorn"), who, "coupling", f"one of {', '.join(COUPLINGS)}", repr(coupling))
     if labels is not None:
+        check_labels(who, labels)
         _require(len(labels) == len(data), who, "labels", f"{len(data)}, one for each sample of data", len(labels))
+    check_options(
+        who,
+        steps=steps,
+        batch_size=batch_size,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        lr=lr,
+        ema_decay=ema_decay,
+        weight_decay=weight_decay,
+        lr_schedule=lr_schedule,
+        out=out,
+        resume=resume,
+    )
+    if out is not None and not resume and (Path(out) / "checkpoint.pt").exists():
+        raise ValueError(
+            f"[{who}] out: expected a folder without an earlier run, got {out}, which holds a checkpoint.pt; "
+            "resume=True continues it"
+        )
     couple(data[:0], data[:0], coupling)  # an unavailable coupling should fail before the first step
-    draw = source if source is not None else normal_source(data)
+    dtype = model_dtype(model)
+    draw = source if source is not None else normal_source(data, dtype)
 
     def batch(index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         index = index.to(data.device)
-        x_1 = data[index]
+        x_1 = data[index].to(dtype)
         condition = None if labels is None else labels[index.to(labels.device)]
-        x_0 = draw(len(index), generator).to(x_1)
-        _require(x_0.shape == x_1.shape, who, "source", f"noise of shape {list(x_1.shape)}", list(x_0.shape))
+        x_0 = draw(len(index), generator)
+        check_noise(who, x_0, tuple(x_1.shape))
+        x_0 = x_0.to(x_1)
         return x_0[couple(x_0, x_1, coupling, labels=condition)], x_1, condition
 
     fit(
@@ -138,15 +181,13 @@ def fit(
     on_step: Callable[[int, float], None] | None,
     description: str,
 ) -> None:
-    """The loop itself, on pairs from ``batch(index [B], generator)``; ``settings`` says what else defines the run."""
-    who = "train_rectified_flow"
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
-        _require(value >= 1, who, name, "at least 1", value)
-    _require(lr > 0, who, "lr", "above 0", lr)
-    _require(0 <= ema_decay < 1, who, "ema_decay", "in [0, 1)", ema_decay)
-    _require(weight_decay >= 0, who, "weight_decay", "0 or more", weight_decay)
-    _require(lr_schedule in ("constant", "cosine"), who, "lr_schedule", "'constant' or 'cosine'", repr(lr_schedule))
-    _require(not resume or out is not None, who, "out", "the folder to resume from", out)
+    """The loop itself, on pairs from ``batch(index [B], generator)``; ``settings`` says what else defines the run.
+
+    The options are those of :func:`check_options`, checked by the caller.
+    """
+    # Plain numbers: a checkpoint with NumPy's among them could not be read again.
+    steps, batch_size, seed = int(steps), int(batch_size), int(seed)
+    lr, ema_decay, weight_decay = float(lr), float(ema_decay), float(weight_decay)
     settings = {
         **settings,
         "steps": steps,
@@ -176,14 +217,22 @@ def fit(
                     for group in run.optimiser.param_groups:
                         group["lr"] = lr * _lr_factor(run.step, steps, lr_schedule)
                     loss = run.train_step(batch, batch_size)
-                    if folder is not None and (run.step % checkpoint_every == 0 or run.step == steps):
-                        run.save(folder)
+                    if not math.isfinite(loss):
+                        raise FloatingPointError(_diverged(f"the loss is {loss}", run.step, lr))
+                    if run.step == steps or (folder is not None and run.step % checkpoint_every == 0):
+                        run.check_weights(lr)
+                        if folder is not None:
+                            run.save(folder)
                     update(run.step, f"loss {loss:.4f}")
                     if on_step is not None:
                         on_step(run.step, loss)
             run.finish()
         finally:
             model.train(was_training)
+
+
+_STATE = frozenset(("settings", "step", "model", "optimiser", "ema", "generator", "global_rng", "cuda_rng"))
+_STATE |= {"order", "losses"}
 
 
 class _Run:
@@ -232,6 +281,12 @@ class _Run:
         self.losses.append(loss.item())
         return self.losses[-1]
 
+    def check_weights(self, lr: float) -> None:
+        """A gradient may overflow where the loss did not; such weights must not replace the last good checkpoint."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise FloatingPointError(_diverged(f"{name} is not finite", self.step, lr))
+
     def finish(self) -> None:
         if self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
@@ -256,7 +311,7 @@ class _Run:
             torch.save(state, path)
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read_checkpoint(path)
         saved = state["settings"]
         different = [
             f"{name}: the run was started with {saved.get(name)!r}, now {self.settings.get(name)!r}"
@@ -278,9 +333,39 @@ class _Run:
         self.step, self.order, self.losses = state["step"], state["order"], state["losses"].tolist()
 
 
-def normal_source(like: Tensor) -> Source:
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = _STATE - state.keys()
+    except (OSError, MemoryError):  # of the machine, not of the content
+        raise
+    except Exception as error:  # a damaged archive or pickle may fail in any way
+        raise DamagedFileError(_damaged(path)) from error
+    if missing:
+        raise DamagedFileError(_damaged(path))
+    return dict(state)
+
+
+def _damaged(path: Path) -> str:
+    return (
+        f"[train_rectified_flow] resume: {path} is damaged (cut short, or not a checkpoint of this library) and cannot "
+        "be continued; remove it to start anew"
+    )
+
+
+def _diverged(what: str, step: int, lr: float) -> str:
+    return f"[train_rectified_flow] {what} after step {step}: training has diverged (lr={lr:g}; try a lower one)"
+
+
+def normal_source(like: Tensor, dtype: torch.dtype) -> Source:
     """Standard normal noise in the shape of ``like``'s samples."""
-    return lambda n, generator: torch.randn(n, *like.shape[1:], generator=generator, dtype=like.dtype)
+    return lambda n, generator: torch.randn(n, *like.shape[1:], generator=generator, dtype=dtype)
+
+
+def model_dtype(model: torch.nn.Module) -> torch.dtype:
+    """What samples are converted to: the type of the first floating-point parameter."""
+    types = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(types, torch.get_default_dtype())
 
 
 def fingerprint(*tensors: Tensor | None) -> str:
@@ -303,6 +388,80 @@ def _lr_factor(step: int, steps: int, schedule: str) -> float:
     if schedule == "constant":
         return 1.0
     return 0.5 * (1.0 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - warmup)))))
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def check_options(
+    who: str,
+    *,
+    steps: object,
+    batch_size: object,
+    checkpoint_every: object,
+    seed: object,
+    lr: object,
+    ema_decay: object,
+    weight_decay: object,
+    lr_schedule: object,
+    out: object,
+    resume: bool,
+) -> None:
+    """What every training run is asked for, before anything is written or drawn."""
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("checkpoint_every", checkpoint_every)):
+        check_integer(who, name, value, at_least=1)
+    check_integer(who, "seed", seed)
+    for name, value in (("lr", lr), ("ema_decay", ema_decay), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"[{who}] {name}: expected a number, got {value!r}")
+        number = float(value)
+        if name == "lr":
+            _require(math.isfinite(number) and number > 0, who, name, "a finite number above 0", value)
+        elif name == "ema_decay":
+            _require(0 <= number < 1, who, name, "in [0, 1)", value)
+        else:
+            _require(math.isfinite(number) and number >= 0, who, name, "a finite number, 0 or more", value)
+    _require(lr_schedule in ("constant", "cosine"), who, "lr_schedule", "'constant' or 'cosine'", repr(lr_schedule))
+    _require(not resume or out is not None, who, "out", "the folder to resume from", out)
+
+
+def check_integer(who: str, name: str, value: object, *, at_least: int | None = None) -> None:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"[{who}] {name}: expected an integer, got {value!r}") from None
+    if at_least is not None:
+        _require(number >= at_least, who, name, f"at least {at_least}", number)
+
+
+def check_labels(who: str, labels: object) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"[{who}] labels: expected a tensor, got {_kind(labels)}")
+    _require(labels.dim() >= 1, who, "labels", "shape [N,...]", list(labels.shape))
+
+
+def check_noise(who: str, noise: object, shape: tuple[int, ...]) -> None:
+    """``noise``, drawn from a source, is a floating-point tensor of ``shape``; with only [n], [n,...] will do."""
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        raise TypeError(f"[{who}] source: expected a floating-point tensor, got {_kind(noise)}")
+    fits = tuple(noise.shape) == shape if len(shape) > 1 else noise.dim() >= 2 and len(noise) == shape[0]
+    expected = f"[{shape[0]},...]" if len(shape) == 1 else str(list(shape))
+    _require(fits, who, "source", f"noise of shape {expected}", list(noise.shape))
+
+
+def _check_data(who: str, data: object) -> None:
+    if not isinstance(data, Tensor) or not data.is_floating_point():
+        raise TypeError(f"[{who}] data: expected a floating-point tensor, got {_kind(data)}")
+    _require(data.dim() >= 2 and data.numel() > 0, who, "data", "shape [N,...] with N > 0", list(data.shape))
+    low, high = data.detach().aminmax()  # unlike isfinite() it allocates nothing; NaN comes through
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(f"[{who}] data: expected finite values, got NaN or infinity among them")
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _require(ok: bool, who: str, argument: str, expected: str, got: object) -> None:
