@@ -94,9 +94,13 @@ def euler_step(
         dt = float(dt)
     if uncond is None:
         return _serve("euler_step", [1.0, dt], [x, velocity], None, out, _linear_reference)
-    guidance = reg.number("euler_step", "guidance_scale", guidance_scale)
+    # Finite floats, the usual case, need no more looking at; x - x is 0 for these alone.
+    guidance = guidance_scale
+    if type(guidance) is not float or guidance - guidance != 0.0:
+        guidance = reg.number("euler_step", "guidance_scale", guidance_scale)
     if not isinstance(dt, torch.Tensor):
-        dt = reg.number("euler_step", "dt", dt)
+        if type(dt) is not float or dt - dt != 0.0:
+            dt = reg.number("euler_step", "dt", dt)
     elif not dt.is_floating_point():  # times the guidance it would become one, unnoticed
         reg.fail("euler_step", "dt", "a floating-point tensor or a number", dt.dtype, TypeError)
     else:
