@@ -44,24 +44,6 @@ inline float reduce_row(int64_t D, const Term& term) {
   return sum((s0 + s1) + (s2 + s3)) + tail;
 }
 
-// Loads one vector or one float, by the type of the second argument; lets a formula be written once.
-template <typename T>
-inline vf pick(const T* p, int64_t i, vf) {
-  return load(p + i);
-}
-template <typename T>
-inline float pick(const T* p, int64_t i, float) {
-  return to_float(p[i]);
-}
-template <typename T>
-inline void put(T* p, int64_t i, vf v) {
-  store(p + i, v);
-}
-template <typename T>
-inline void put(T* p, int64_t i, float v) {
-  p[i] = from_float<T>(v);
-}
-
 // Asks for the cache line that holds element i of a row that will be needed soon; never faults. Between the pass that
 // brings a row in and the one that writes it, the passes over L1 would leave the memory idle: in adaln_modulate they
 // ask for the next row instead (12 % there; with two rows to fetch it costs 8 %, so gate_residual_adaln leaves it
@@ -72,9 +54,6 @@ struct Ahead {
 
   void at(int64_t i) const { __builtin_prefetch(row + i * bytes); }
 };
-
-inline void put(Streamed s, int64_t i, vf v) { store(s, i, v); }
-inline void put(Streamed s, int64_t i, float v) { s.p[i] = v; }
 
 // Asks for what a pass over fresh rows will read a kilobyte later, into the next row where rows follow each other: 7 %
 // in gate_residual_adaln from main memory, for the hardware's own prefetching stops at every page.

@@ -39,25 +39,6 @@ inline void accumulate(float* acc, const float* t, float c, int64_t n, bool firs
   }
 }
 
-// Loads one vector or one element, by the type of the last argument; lets a formula be written once.
-template <typename T>
-inline vf pick(const T* p, int64_t i, vf) {
-  return load(p + i);
-}
-template <typename T>
-inline float pick(const T* p, int64_t i, float) {
-  return to_float(p[i]);
-}
-template <typename T>
-inline void put(T* p, int64_t i, vf v) {
-  store(p + i, v);
-}
-template <typename T>
-inline void put(T* p, int64_t i, float v) {
-  p[i] = from_float<T>(v);
-}
-inline void put(Streamed s, int64_t i, vf v) { store(s, i, v); }
-inline void put(Streamed s, int64_t i, float v) { s.p[i] = v; }
 inline vf clamped(vf v, float bound) {  // NaN passes
   const vf low = v < -splat(bound) ? -splat(bound) : v;
   return low > splat(bound) ? splat(bound) : low;
