@@ -80,6 +80,44 @@ void launch(const Args& args, int device, uintptr_t stream, void (*on_cpu)(const
 #define FD_CUDA(name) nullptr
 #endif
 
+// Fields of an argument struct from the values of a tuple, in order; what C++ type a field has decides how it is read.
+void* address(const py::handle& h) {
+  void* p = PyLong_AsVoidPtr(h.ptr());
+  if (p == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return p;
+}
+// (pointer, dtype, stride, stride, ...), up to six strides
+void assign(Strided& field, const py::handle& h) {
+  if (h.is_none()) return;
+  const Py_ssize_t size = PyTuple_Check(h.ptr()) ? PyTuple_GET_SIZE(h.ptr()) : 0;
+  if (size < 2 || size > 8) throw py::type_error("operand: expected None or (pointer, dtype, strides...)");
+  field.data = pointer(h.ptr(), 0);
+  field.dtype = static_cast<int32_t>(integer(h.ptr(), 1));
+  for (Py_ssize_t i = 2; i < size; ++i) field.s[i - 2] = integer(h.ptr(), i);
+}
+template <typename T>
+std::enable_if_t<std::is_arithmetic_v<T>> assign(T& field, const py::handle& h) {
+  field = h.cast<T>();
+}
+template <typename T>
+void assign(T*& field, const py::handle& h) {
+  field = static_cast<T*>(address(h));
+}
+
+// Bind a kernel as name(device, stream, (value, value, ...)), the values being those of `fields` in order.
+template <typename Args, typename... Fields>
+void kernel(py::module_& m, const char* name, void (*on_cpu)(const Args&), OnCuda<Args> on_cuda, Fields... fields) {
+  m.def(name, [=](int device, uintptr_t stream, const py::tuple& values) {
+    if (values.size() != sizeof...(fields))
+      throw py::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(fields)) + " values, got " +
+                           std::to_string(values.size()));
+    Args a;
+    size_t i = 0;
+    (assign(a.*fields, values[i++]), ...);
+    launch(a, device, stream, on_cpu, on_cuda);
+  });
+}
+
 void adaln_forward(int device, uintptr_t stream, int64_t B, int64_t N, int64_t D, bool rms, float eps, py::handle x,
                    py::handle branch, py::handle gate, py::handle shift, py::handle scale, py::handle weight,
                    py::handle bias, py::handle residual, py::handle y, uintptr_t mean, uintptr_t rstd) {
@@ -337,6 +375,93 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   m.def("adaln_backward", &adaln_backward);
   m.def("update", &update);
   m.def("update_backward", &update_backward);
+
+  // gelu
+  kernel(m, "gelu_forward", &cpu::gelu_forward, nullptr, &Gelu::M, &Gelu::x, &Gelu::out, &Gelu::dtype);
+  kernel(m, "gelu_backward", &cpu::gelu_backward, nullptr, &Gelu::M, &Gelu::x, &Gelu::grad, &Gelu::out, &Gelu::dtype);
+
+  // attention
+  {
+    using A = AttentionForward;
+    kernel(m, "attention_forward", &cpu::attention_forward, nullptr, &A::B, &A::H, &A::N, &A::M, &A::d, &A::scale,
+           &A::eps, &A::interleaved, &A::q, &A::k, &A::v, &A::out, &A::q_weight, &A::k_weight, &A::cos, &A::sin,
+           &A::stats, &A::workspace, &A::slots, &A::per_slot);
+    using G = AttentionBackward;
+    kernel(m, "attention_backward", &cpu::attention_backward, nullptr, &G::B, &G::H, &G::N, &G::M, &G::d, &G::scale,
+           &G::eps, &G::interleaved, &G::q, &G::k, &G::v, &G::out, &G::q_weight, &G::k_weight, &G::cos, &G::sin,
+           &G::stats, &G::workspace, &G::slots, &G::per_slot, &G::grad, &G::dq, &G::dk, &G::dv, &G::dq_weight,
+           &G::dk_weight, &G::partial);
+  }
+  m.def("attention_workspace", [](int64_t N, int64_t M, int64_t d) { return attention_workspace(N, M, d); });
+  m.def("attention_backward_workspace",
+        [](int64_t N, int64_t M, int64_t d) { return attention_backward_workspace(N, M, d); });
+
+  // selective scan
+  kernel(m, "selective_scan", &cpu::selective_scan, nullptr, &Scan::B, &Scan::K, &Scan::G, &Scan::L, &Scan::D, &Scan::N,
+         &Scan::complex, &Scan::softplus, &Scan::reverse, &Scan::constant_b, &Scan::constant_c, &Scan::threads,
+         &Scan::scratch_size, &Scan::scratch, &Scan::u, &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C, &Scan::skip,
+         &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::out, &Scan::last,
+         &Scan::states);
+  kernel(m, "selective_scan_backward", &cpu::selective_scan_backward, nullptr, &Scan::B, &Scan::K, &Scan::G, &Scan::L,
+         &Scan::D, &Scan::N, &Scan::complex, &Scan::softplus, &Scan::reverse, &Scan::constant_b, &Scan::constant_c,
+         &Scan::threads, &Scan::scratch_size, &Scan::scratch, &Scan::u, &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C,
+         &Scan::skip, &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::states,
+         &ScanBackward::grad_out, &ScanBackward::grad_last, &ScanBackward::du, &ScanBackward::ddelta, &ScanBackward::dz,
+         &ScanBackward::dA, &ScanBackward::dB, &ScanBackward::dC, &ScanBackward::dskip, &ScanBackward::dbias,
+         &ScanBackward::dinitial, &ScanBackward::partial_rows, &ScanBackward::partial_b, &ScanBackward::partial_c);
+  m.attr("scan_steps") = kScanSteps;
+  m.attr("scan_channels") = kScanChannels;
+  m.attr("scan_states") = kScanStates;
+  m.def("scan_scratch", [](int64_t rows) { return scan_scratch(rows); });
+  m.def("scan_backward_scratch", [](int64_t rows) { return scan_backward_scratch(rows); });
+
+  // causal conv1d
+  using C = CausalConv1d;
+  kernel(m, "causal_conv1d", &cpu::causal_conv1d, nullptr, &C::B, &C::D, &C::L, &C::K, &C::silu, &C::threads,
+         &C::scratch_size, &C::x, &C::weight, &C::bias, &C::state, &C::out, &C::taps, &C::scratch);
+  using CB = CausalConv1dBackward;
+  kernel(m, "causal_conv1d_backward", &cpu::causal_conv1d_backward, nullptr, &CB::B, &CB::D, &CB::L, &CB::K, &CB::silu,
+         &CB::threads, &CB::scratch_size, &CB::x, &CB::weight, &CB::bias, &CB::state, &CB::grad, &CB::taps,
+         &CB::scratch, &CB::dx, &CB::dstate, &CB::dweight, &CB::dbias, &CB::partial);
+
+  // gaussian
+  using Blur = GaussianBlur;
+  using BlurBack = GaussianBlurBackward;
+  kernel(m, "gaussian_blur", &cpu::gaussian_blur, nullptr, &Blur::B, &Blur::C, &Blur::H, &Blur::W, &Blur::border,
+         &Blur::x, &Blur::plan, &Blur::plan_stride, &Blur::table, &Blur::table_stride, &Blur::workspace, &Blur::slots,
+         &Blur::workspace_stride, &Blur::out);
+  kernel(m, "gaussian_blur_backward", &cpu::gaussian_blur_backward, nullptr, &Blur::B, &Blur::C, &Blur::H, &Blur::W,
+         &Blur::border, &Blur::x, &Blur::plan, &Blur::plan_stride, &Blur::table, &Blur::table_stride, &Blur::workspace,
+         &Blur::slots, &Blur::workspace_stride, &BlurBack::grad, &BlurBack::dx, &BlurBack::partial, &BlurBack::dsigma);
+  kernel(m, "box_mask", &cpu::box_mask, nullptr, &BoxMask::K, &BoxMask::H, &BoxMask::W, &Boxes::boxes, &Boxes::radius,
+         &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &BoxMask::profiles, &BoxMask::out);
+  using BoxBack = BoxMaskBackward;
+  kernel(m, "box_mask_backward", &cpu::box_mask_backward, nullptr, &BoxBack::K, &BoxBack::H, &BoxBack::W, &Boxes::boxes,
+         &Boxes::radius, &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &BoxBack::profiles,
+         &BoxBack::grad, &BoxBack::dsigma);
+  using Blend = GaussianBlend;
+  using BlendBack = GaussianBlendBackward;
+  kernel(m, "gaussian_blend", &cpu::gaussian_blend, nullptr, &Blend::K, &Blend::B, &Blend::C, &Blend::H, &Blend::W,
+         &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes, &Boxes::radius, &Boxes::radius_stride,
+         &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges, &Blend::out);
+  kernel(m, "gaussian_blend_backward", &cpu::gaussian_blend_backward, nullptr, &Blend::K, &Blend::B, &Blend::C,
+         &Blend::H, &Blend::W, &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes, &Boxes::radius,
+         &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges,
+         &BlendBack::grad, &BlendBack::dbackground, &BlendBack::dobjects, &BlendBack::dmasks, &BlendBack::workspace,
+         &BlendBack::slots, &BlendBack::workspace_stride);
+
+  // spectrum
+  using S = Spectrum;
+  kernel(m, "spectrum", &cpu::spectrum, nullptr, &S::B, &S::C, &S::H, &S::W, &S::R, &S::half_size, &S::scratch_size,
+         &S::threads, &S::keep, &S::log, &S::shift, &S::normalize, &S::images, &S::out, &S::plan_w, &S::table_w,
+         &S::plan_h, &S::table_h, &S::bins, &S::ring_size, &S::half, &S::scratch, &S::partial, &S::profile);
+  using SB = SpectrumBackward;
+  kernel(m, "spectrum_backward", &cpu::spectrum_backward, nullptr, &SB::B, &SB::C, &SB::H, &SB::W, &SB::R,
+         &SB::half_size, &SB::scratch_size, &SB::threads, &SB::log, &SB::shift, &SB::normalize, &SB::grad, &SB::dimages,
+         &SB::plan_w, &SB::table_w, &SB::plan_h, &SB::table_h, &SB::bins, &SB::ring_size, &SB::half, &SB::profile,
+         &SB::work, &SB::scratch);
+  m.attr("ring_rows") = kRingRows;
+
   m.def("connect", &connect);
   m.def("fast_adaln", &fast_adaln);
   m.def("fast_update", &fast_update);

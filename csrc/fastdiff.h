@@ -18,6 +18,16 @@ struct View {
   int32_t dtype = kF32;
 };
 
+// One operand with up to six axes; which they are is said where it is used. Strides in elements, 0 along an axis that
+// is broadcast; data == nullptr means the operand is absent.
+struct Strided {
+  void* data = nullptr;
+  int64_t s[6] = {};
+  int32_t dtype = kF32;
+};
+
+// ------------------------------------------------------------------------------------------------------------- adaln
+
 // residual = x + gate * branch                      (skipped when gate is absent: residual = x)
 // y = norm(residual) * weight + bias                (norm skipped when scale is absent)
 // y = y * (1 + scale) + shift
@@ -65,6 +75,8 @@ struct AdalnBackward {
   ParamGrad dweight, dbias;         // out, reduce is kAbsent or kShared
 };
 
+// ------------------------------------------------------------------------------------------------------------ update
+
 // A step-constant number: `value`, or entry b of `data` [B] (f32 or f64, on the device of the tensors).
 struct Coefficient {
   double value = 0;
@@ -102,11 +114,317 @@ struct UpdateBackward {
   void* grad_term[kMaxTerms] = {};  // out [B, M] each, null where not wanted; dtype term_dtype[i]
 };
 
+// -------------------------------------------------------------------------------------------------------------- gelu
+
+// out = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), the tanh form of GELU; or its derivative times grad.
+struct Gelu {
+  int64_t M = 0;
+  const void* x = nullptr;     // [M]
+  const void* grad = nullptr;  // [M], backward only
+  void* out = nullptr;         // out [M]; may be x or grad
+  int32_t dtype = kF32;        // of all three
+};
+
+// --------------------------------------------------------------------------------------------------------- attention
+
+// out = softmax(scale q k^T) v per head. q_weight, k_weight: q and k first become x rsqrt(mean(x^2) + eps) weight;
+// then, with cos and sin, x cos + partner(x) sin, the partner of (x1, x2) being (-x2, x1), for pairs (i, i + d/2) or,
+// where interleaved, (2 i, 2 i + 1).
+struct AttentionForward {
+  int64_t B = 0, H = 0, N = 0, M = 0, d = 0;
+  float scale = 0, eps = 0;
+  int32_t interleaved = 0;
+  Strided q;                                             // [B, H, N, d]
+  Strided k, v;                                          // [B, H, M, d], M >= 1
+  Strided out;                                           // out [B, H, N, d]
+  const float *q_weight = nullptr, *k_weight = nullptr;  // [d] or null
+  const float *cos = nullptr, *sin = nullptr;            // [N, d] or null; N == M then
+  float* stats = nullptr;                                // out [B, H, N, 2] or null: m = max(log2(e) scores), and
+                                                         // sum(2^(log2(e) scores - m))
+  float* workspace = nullptr;                            // [slots, per_slot], see attention_workspace
+  int64_t slots = 0, per_slot = 0;                       // at most `slots` threads take part
+};
+
+constexpr int64_t kAttentionChunk = 512;  // keys that a run of query tiles goes through together
+constexpr int64_t kAttentionRun = 768;    // queries in such a run, at most
+
+// Floats of workspace for one thread, on any instruction set: query tiles transposed and their results, chunks of k and
+// v as float32, a tile of rows, of scores, and a row.
+static constexpr int64_t attention_workspace(int64_t N, int64_t M, int64_t d) {
+  const int64_t ld = (d + 15) / 16 * 16, padded = (N + 47) / 48 * 48;
+  const int64_t held = padded < kAttentionRun ? padded : kAttentionRun,
+                chunk = M < kAttentionChunk ? M : kAttentionChunk;
+  return 2 * held * ld + 2 * held + 48 * ld + 64 * 48 + 2 * chunk * ld + ld;
+}
+
+struct AttentionBackward : AttentionForward {        // as it was, `out` and `stats` being its results
+  Strided grad;                                      // [B, H, N, d]
+  Strided dq, dk, dv;                                // out, shapes of q, k, v; each may be absent
+  float *dq_weight = nullptr, *dk_weight = nullptr;  // out [d] or null
+  float* partial = nullptr;                          // workspace [2, B H, d], null when neither is wanted
+};
+
+constexpr int64_t kAttentionBackChunk = 256;  // keys whose gradients are summed together
+
+// Likewise for the backward kernel: dq of a head in float32, chunks of k, v, dk and dv, tiles.
+static constexpr int64_t attention_backward_workspace(int64_t N, int64_t M, int64_t d) {
+  const int64_t ld = (d + 15) / 16 * 16, padded = (N + 47) / 48 * 48;
+  const int64_t chunk = M < kAttentionBackChunk ? M : kAttentionBackChunk;
+  return padded * ld + padded + 4 * 48 * ld + 2 * 64 * 48 + 4 * chunk * ld + 3 * 48 + 2 * ld;
+}
+
+// ---------------------------------------------------------------------------------------------------- selective scan
+
+// Steps between two saved states, and channels that one task walks and sums dB and dC over.
+constexpr int64_t kScanSteps = 32;
+constexpr int64_t kScanChannels = 64;
+constexpr int64_t kScanStates = 256;  // the most floats of state per channel that the kernels serve
+
+// K scans over the same input u, their outputs summed; for one scan K = 1. In direction k, channel d, state n:
+//   t = delta + delta_bias, then softplus if asked for; a = exp(t A); h <- a h + t B u; y = <C, h> + skip u
+// and out = (sum over k of y) * silu(z). A complex A makes h complex and y = 2 Re <C, h> + skip u; complex operands are
+// pairs of floats on the last axis. The group of channel d is d / (D / G).
+struct Scan {
+  int64_t B = 0, K = 0, G = 0, L = 0, D = 0, N = 0;
+  int32_t complex = 0, softplus = 0, reverse = 0;
+  int32_t constant_b = 0, constant_c = 0;  // Bm, C do not depend on the step but on the channel
+  int32_t threads = 1;                     // at most so many; `scratch` has room for no more
+  int64_t scratch_size = 0;                // floats per thread, see scan_scratch, scan_backward_scratch
+  float* scratch = nullptr;                // workspace [threads, scratch_size]
+  Strided u;                               // [B, L, D]
+  Strided delta;                           // [B, K, L, D]
+  Strided A;                               // [K, D, N] or, complex, [K, D, N, 2]
+  Strided Bm, C;                           // [B, K, G, L, N (, 2)]; constant: [K, D, N (, 2)]
+  Strided skip, delta_bias;                // [K, D], each may be absent
+  Strided z;                               // [B, L, D] or absent; K = 1
+  Strided initial;                         // [B, K, D, N (, 2)] or absent: zeros
+  const int64_t* order = nullptr;          // [K, L] or null: step i visits position order[k, i]
+  const uint8_t* resets = nullptr;         // [B, L] or null: the state is zero before the step at a marked position
+  Strided out;                             // out [B, L, D]; float32 where K > 1
+  float* last = nullptr;                   // out [B, K, D, N (, 2)]
+  float* states = nullptr;                 // out [B, K, ceil(L / kScanSteps), N (* 2), D] or null: every 32nd state
+};
+
+// Floats that one thread works in, forward and backward, for `rows` = N (* 2): per channel of a task A, constant B and
+// C and the state, backward also the gradients of these and their sums over time; then B and C of a tile.
+static constexpr int64_t scan_scratch(int64_t rows) { return (4 * kScanChannels + 2 * kScanSteps) * rows; }
+// Besides: a state vector of up to 16 lanes, the states and sums over channels of a group of four in every step (up to
+// 16 lanes each), nine tiles and eight floats for every channel, and lines to ask for (up to 16 lists of 264 pointers).
+static constexpr int64_t scan_backward_scratch(int64_t rows) {
+  return (10 * kScanChannels + 16 + 2 * kScanSteps) * rows + (4 * kScanSteps + 1) * 4 * 16 +
+         (9 * kScanSteps + 8) * kScanChannels + 16 * 264 * 2;
+}
+
+struct ScanBackward : Scan {      // `out` and `last` are ignored, `states` is an input
+  Strided grad_out;               // [B, L, D]
+  Strided grad_last;              // [B, K, D, N (, 2)] or absent
+  Strided du;                     // out [B, L, D]; float32 where K > 1
+  Strided ddelta;                 // out [B, K, L, D]
+  Strided dz;                     // out [B, L, D] or absent
+  Strided dA;                     // out, as A; this and all below may be absent
+  Strided dB, dC;                 // out, as Bm and C
+  Strided dskip, dbias;           // out [K, D]
+  Strided dinitial;               // out [B, K, D, N (, 2)]
+  float* partial_rows = nullptr;  // workspace [B, K, rows, D]: N (* 2) rows of dA, then of dB and of dC where
+                                  // these are constant, then one of dskip and one of ddelta_bias
+  float* partial_b = nullptr;     // workspace [B, K, G, blocks, L, N (* 2)], blocks = ceil(D / G /
+  float* partial_c = nullptr;     // kScanChannels); null where constant
+};
+
+// ---------------------------------------------------------------------------------------------------- causal conv1d
+
+// out[b, d, t] = act(bias[d] + sum_k weight[d, k] * past[b, d, t + k]), past being `state` followed by x along t.
+struct CausalConv1d {
+  int64_t B = 0, D = 0, L = 0, K = 0;
+  int32_t silu = 0;
+  int32_t threads = 1;       // at most so many; `scratch` has room for no more
+  int64_t scratch_size = 0;  // floats per thread, see conv_scratch
+  Strided x;                 // [B, D, L]
+  Strided weight;            // [D, K]
+  Strided bias;              // [D], may be absent
+  Strided state;             // [B, D, K - 1], zeros if absent
+  Strided out;               // out [B, D, L]
+  float* taps = nullptr;     // workspace [K + 1, D']: weights by tap, then bias; D' = D rounded up to 16
+  float* scratch = nullptr;  // workspace [threads, scratch_size]
+};
+
+struct CausalConv1dBackward : CausalConv1d {  // without out
+  Strided grad;                               // [B, D, L]
+  Strided dx;                                 // out [B, D, L] or absent
+  Strided dstate;                             // out [B, D, K - 1] or absent
+  Strided dweight, dbias;                     // out [D, K], [D], each may be absent
+  float* partial = nullptr;                   // workspace [B, K + 1, D']: sums over t
+};
+
+// ---------------------------------------------------------------------------------------------------------- gaussian
+
+constexpr int32_t kU8 = 4;  // images of gaussian_blur only
+
+enum Border : int32_t { kReflect = 0, kReplicate = 1, kConstant = 2, kCircular = 3, kSymmetric = 4 };
+
+// Cosines that a wide Gaussian is made of (sliding path).
+constexpr int kCosines = 6;
+
+// out[b, c] = Ay x[b, c] Ax^T, a separable Gaussian with normalised taps over a finite support.
+// plan[b] = {ry, rx, sliding, restart_y, restart_x}: radii; 1 where the sliding path serves; every how many rows and
+// columns its recurrences start afresh. table[b] holds, one after the other,
+//   taps [2 ry + 1], [2 rx + 1]; their derivatives by sigma [2 ry + 1], [2 rx + 1]; tails [ry + 1], [rx + 1], where
+//   tail i is the sum of the taps k >= i; and, where sliding, per axis [16] coefficients (csrc/cpu/gaussian_sliding.h)
+//   and [2 r + 2, 12] starting weights.
+struct GaussianBlur {
+  int64_t B = 0, C = 0, H = 0, W = 0;
+  int32_t border = kReflect;
+  int32_t adjoint = 0;            // 1: the transpose of the operator
+  Strided x;                      // [B, C, H, W], kU8 too
+  Strided out;                    // out [B, C, H, W], contiguous, dtype of x
+  const int64_t* plan = nullptr;  // [B, 5], or [1, 5] with plan_stride 0
+  const float* table = nullptr;   // [B, table_stride]
+  int64_t plan_stride = 0, table_stride = 0;
+  float* workspace = nullptr;  // [slots, workspace_stride]
+  int64_t slots = 1, workspace_stride = 0;
+};
+
+struct GaussianBlurBackward : GaussianBlur {
+  Strided grad;               // [B, C, H, W]
+  Strided dx;                 // out [B, C, H, W] contiguous, or absent
+  double* partial = nullptr;  // workspace [B, C, H], present exactly when dsigma is
+  double* dsigma = nullptr;   // out [B]: sum of grad * d out / d sigma, or absent
+};
+
+// mask[k] = outer product of two profiles: the indicator of rows int(y1 H) .. int(y2 H), blurred as gaussian_blur does
+// with the reflect border, and likewise the columns. prefix[k] = {P [2 r + 2], Q [2 r + 2]}: sums of the first taps and
+// of their derivatives by sigma.
+struct Boxes {
+  const double* boxes = nullptr;    // [K, 4] (x1, y1, x2, y2) as fractions of the image
+  const int64_t* radius = nullptr;  // [K], or [1] with radius_stride 0
+  const double* prefix = nullptr;   // [K, prefix_stride]
+  int64_t radius_stride = 0, prefix_stride = 0;
+};
+
+struct BoxMask : Boxes {
+  int64_t K = 0, H = 0, W = 0;
+  Strided out;                // out [K, H, W], contiguous
+  float* profiles = nullptr;  // workspace [K, H + W]
+};
+
+struct BoxMaskBackward : Boxes {
+  int64_t K = 0, H = 0, W = 0;
+  Strided grad;               // [K, H, W]
+  float* profiles = nullptr;  // workspace [K, 2 (H + W)]
+  double* dsigma = nullptr;   // out [K]
+};
+
+// out = background, then for every k in order: out = out (1 - m_k) + objects[k] m_k, with m_k from masks or boxes.
+// Where the mask of a box is exactly 0, so is objects[k], whatever it holds.
+struct GaussianBlend : Boxes {
+  int64_t K = 0, B = 0, C = 0, H = 0, W = 0;
+  Strided background;         // [B, C, H, W]
+  Strided objects;            // [K, B, C, H, W]
+  Strided masks;              // [K, H, W] float32, contiguous rows; absent where boxes are given
+  float* profiles = nullptr;  // workspace [K, H + W] for boxes
+  int64_t* ranges = nullptr;  // workspace [K, 4] for boxes
+  Strided out;                // out [B, C, H, W], dtype of background; may be background
+};
+
+struct GaussianBlendBackward : GaussianBlend {
+  Strided grad;                // [B, C, H, W]
+  Strided dbackground;         // out [B, C, H, W] contiguous, or absent
+  Strided dobjects;            // out [K, B, C, H, W] contiguous, or absent
+  float* dmasks = nullptr;     // out [K, H, W] or null
+  float* workspace = nullptr;  // [slots, workspace_stride], workspace_stride = (3 K + 2) kBlendBlock
+  int64_t slots = 1, workspace_stride = 0;
+};
+constexpr int64_t kBlendBlock = 256;  // pixels that a thread of the backward pass takes at a time
+
+// ---------------------------------------------------------------------------------------------------------- spectrum
+
+// out = |FFT2(gray)| or log1p of it, whole (bins absent) or averaged over rings around the DC pixel.
+// gray = 0.299 R + 0.587 G + 0.114 B, or the only channel.
+// `half` holds the spectrum of one image: [blocks, H, 2, 16] columns 0 .. (W-1)/2 in blocks of sixteen (real parts,
+// then imaginary ones), then the Nyquist column of an even W, [2, H'] and its magnitudes [H'], H' = H rounded up to 16.
+struct Spectrum {
+  int64_t B = 0, C = 0, H = 0, W = 0;  // C: 1 or 3
+  int64_t R = 0;                       // number of rings
+  int64_t half_size = 0;               // floats per image in `half`
+  int64_t scratch_size = 0;            // floats per thread in `scratch`
+  int32_t threads = 1;                 // at most so many; `scratch` has room for no more
+  int32_t keep = 0;                    // half has room for every image, and is kept; else for min(B, threads)
+  int32_t log = 0, shift = 0, normalize = 0;
+  Strided images;                   // [B, C, H, W]
+  Strided out;                      // out [B, H, W] or [B, R], dtype of images
+  const int32_t* plan_w = nullptr;  // how to transform a row: cpu/fft.h
+  const float* table_w = nullptr;
+  const int32_t* plan_h = nullptr;  // and a column
+  const float* table_h = nullptr;
+  const int32_t* bins = nullptr;     // [H/2 + 1, W/2 + 1] ring of each frequency, null: the whole spectrum
+  const float* ring_size = nullptr;  // [R] frequencies per ring, of all H W
+  float* half = nullptr;             // workspace or out, see above
+  float* scratch = nullptr;          // workspace [threads, scratch_size]
+  float* partial = nullptr;          // workspace [min(B, threads), ring_chunks(H), R], rings only
+  float* profile = nullptr;          // out [B, R] ring means before normalisation, rings only
+};
+
+// Rows of frequencies are summed into rings in chunks of so many, then the chunks in order.
+constexpr int64_t kRingRows = 16;
+static constexpr int64_t ring_chunks(int64_t H) { return (H / 2 + 1 + kRingRows - 1) / kRingRows; }
+
+// d images, from what the forward pass kept (`half`, and `profile` for rings).
+struct SpectrumBackward {
+  int64_t B = 0, C = 0, H = 0, W = 0, R = 0;
+  int64_t half_size = 0, scratch_size = 0;
+  int32_t threads = 1, log = 0, shift = 0, normalize = 0;
+  Strided grad;                     // [B, H, W] or [B, R]
+  Strided dimages;                  // out [B, C, H, W]
+  const int32_t* plan_w = nullptr;  // as in Spectrum
+  const float* table_w = nullptr;
+  const int32_t* plan_h = nullptr;
+  const float* table_h = nullptr;
+  const int32_t* bins = nullptr;
+  const float* ring_size = nullptr;
+  const float* half = nullptr;     // [B, half_size]
+  const float* profile = nullptr;  // [B, R] or null
+  float* work = nullptr;           // workspace [min(B, threads), half_size]
+  float* scratch = nullptr;        // workspace [threads, scratch_size]
+};
+
+// ---------------------------------------------------------------------------------------------------------- kernels
+
 namespace cpu {
+// adaln
 void adaln_forward(const AdalnForward& a);
 void adaln_backward(const AdalnBackward& a);
+
+// update
 void update(const Update& a);
 void update_backward(const UpdateBackward& a);
+
+// gelu
+void gelu_forward(const Gelu& a);
+void gelu_backward(const Gelu& a);
+
+// attention
+void attention_forward(const AttentionForward& a);
+void attention_backward(const AttentionBackward& a);
+
+// selective scan
+void selective_scan(const Scan& a);
+void selective_scan_backward(const ScanBackward& a);
+
+// causal conv1d
+void causal_conv1d(const CausalConv1d& a);
+void causal_conv1d_backward(const CausalConv1dBackward& a);
+
+// gaussian
+void gaussian_blur(const GaussianBlur& a);
+void gaussian_blur_backward(const GaussianBlurBackward& a);
+void box_mask(const BoxMask& a);
+void box_mask_backward(const BoxMaskBackward& a);
+void gaussian_blend(const GaussianBlend& a);
+void gaussian_blend_backward(const GaussianBlendBackward& a);
+
+// spectrum
+void spectrum(const Spectrum& a);
+void spectrum_backward(const SpectrumBackward& a);
 
 // Instruction sets compiled into this library that this machine can run, slowest first, and the one in use.
 int isa_count();

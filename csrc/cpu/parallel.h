@@ -34,6 +34,28 @@ inline void parallel_ranges(int64_t count, int64_t elements, const Body& body) {
   if (count > 0) body(0, count);
 }
 
+// body(id, begin, end) over [0, count) on at most `threads` threads, one contiguous range each: for work that needs
+// memory of its own, of which there is room for so many.
+template <typename Body>
+inline void on_threads(int64_t count, int64_t threads, int64_t elements, const Body& body) {
+#ifdef _OPENMP
+  if (threads > omp_get_max_threads()) threads = omp_get_max_threads();
+  if (threads > count) threads = count;
+  if (threads > 1 && elements >= kGrain && !omp_in_parallel()) {
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+      const int64_t all = omp_get_num_threads(), id = omp_get_thread_num();
+      const int64_t begin = count * id / all, end = count * (id + 1) / all;
+      if (begin < end) body(id, begin, end);
+    }
+    return;
+  }
+#else
+  (void)threads, (void)elements;
+#endif
+  if (count > 0) body(0, 0, count);
+}
+
 }  // namespace
 }  // namespace FASTDIFF_ISA
 }  // namespace cpu
