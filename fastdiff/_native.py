@@ -125,10 +125,10 @@ def _set_backend(name: str) -> None:
     fast = _fast if name != "reference" else None
 
 
-def reasons(tensors: Iterable[torch.Tensor | None], *, hard: bool = False) -> list[str]:
+def reasons(tensors: Iterable[torch.Tensor | None], *, hard: bool = False, cuda: bool = True) -> list[str]:
     """Every reason why the native kernels cannot serve a call on these tensors; empty if they can.
 
-    `hard` leaves out the user's own choice of backend.
+    `hard` leaves out the user's own choice of backend. `cuda`: the operator has a CUDA kernel.
     """
     found = []
     if backend == "reference" and not hard:
@@ -143,6 +143,8 @@ def reasons(tensors: Iterable[torch.Tensor | None], *, hard: bool = False) -> li
             found.append(f"dtype {t.dtype} is served by the reference only (native: float32, float16, bfloat16)")
         if t.device.type == "cuda" and extension is not None and not has_cuda:
             found.append("this build has no CUDA kernels (build with FASTDIFF_CUDA=ON)")
+        elif t.device.type == "cuda" and not cuda:
+            found.append("this operator has no CUDA kernel yet")
         if t.device.type not in ("cpu", "cuda"):
             found.append(f"device {t.device.type!r} has no native kernels (native: cpu, cuda)")
     return list(dict.fromkeys(found))

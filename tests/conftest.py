@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve a busy machine
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -13,4 +14,8 @@ settings.register_profile(
 settings.register_profile("dev", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same numbers whichever tests ran before."""
+    torch.manual_seed(0)

@@ -26,7 +26,11 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ISAS = _native.isas() if DEVICE.type == "cpu" else ["gpu"]
 
 pytestmark = pytest.mark.skipif(_native.extension is None, reason="no native extension: only the reference exists")
-every_op = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+# An operator without a CUDA kernel is the reference itself on a GPU.
+TESTED = {name: spec for name, spec in SPECS.items() if spec.cuda or DEVICE.type == "cpu"}
+WITH_OUT = {name: spec for name, spec in TESTED.items() if spec.has_out}
+every_op = pytest.mark.parametrize("spec", TESTED.values(), ids=TESTED)
+every_op_with_out = pytest.mark.parametrize("spec", WITH_OUT.values(), ids=WITH_OUT)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 every_isa = pytest.mark.parametrize("isa", ISAS)
 rngs = st.randoms(use_true_random=False)
@@ -46,8 +50,7 @@ def outputs(result: Any) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
-def double(tree: Any) -> Any:
-    return reg.map_tensors(lambda t: t.detach().double(), tree)
+double = reg.widen
 
 
 def arguments(spec: OpSpec, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
@@ -78,7 +81,7 @@ def upstream(results: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
 def assert_within(spec: OpSpec, what: str, got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor,
                   growth: float) -> None:  # fmt: skip
     limit = reg.tolerance(want, magnitude, growth, got.dtype)
-    error = (got.double() - want).abs()
+    error = (double(got) - want).abs()
     finite = want.abs() < torch.finfo(got.dtype).max  # float64 does not overflow where the type does
     assert torch.isfinite(got[finite]).all(), f"{spec.name}: {what} is not finite where the reference is"
     worst = ((error - limit)[finite]).max() if finite.any() else torch.tensor(0.0)
@@ -96,9 +99,11 @@ def test_equals_the_float64_reference(spec: OpSpec, dtype: torch.dtype, isa: str
     args64, kwargs64 = double((args, kwargs))
     want = outputs(spec.reference(*args64, **kwargs64))
     bounds = spec.bound(dtype, *args64, **kwargs64)
-    for i, (g, w, b) in enumerate(zip(got, want, bounds, strict=True)):
+    dtypes = [t.dtype for t in outputs(spec.reference(*args, **kwargs))]
+    assert dtypes[0] == dtype
+    for i, (g, w, b, kind) in enumerate(zip(got, want, bounds, dtypes, strict=True)):
         assert g.shape == w.shape
-        assert g.dtype == dtype
+        assert g.dtype == kind
         assert_within(spec, f"output {i}", g, w, b, spec.growth(*args64, **kwargs64))
 
 
@@ -119,7 +124,7 @@ def test_gradients_equal_those_of_the_float64_reference(
     args64, kwargs64 = double((args, kwargs))
     args64, kwargs64 = with_grad(args64, kwargs64, arguments(spec, args64, kwargs64))
     leaves = arguments(spec, args64, kwargs64)
-    ups64 = [u.double() for u in ups]
+    ups64 = double(ups)
     want = torch.autograd.grad(
         outputs(spec.reference(*args64, **kwargs64)), list(leaves.values()), ups64, allow_unused=True
     )
@@ -150,7 +155,7 @@ def test_strided_views_equal_contiguous_tensors(spec: OpSpec, dtype: torch.dtype
     args64, kwargs64 = double((args, kwargs))
     bounds = spec.bound(dtype, *args64, **kwargs64)
     for a, b, bound in zip(strided, plain, bounds, strict=True):
-        assert_within(spec, "the strided call", a, b.double(), bound, spec.growth(*args64, **kwargs64))
+        assert_within(spec, "the strided call", a, double(b), bound, spec.growth(*args64, **kwargs64))
 
 
 @every_isa
@@ -158,6 +163,8 @@ def test_strided_views_equal_contiguous_tensors(spec: OpSpec, dtype: torch.dtype
 @every_op
 @given(rng=rngs)
 def test_a_sample_does_not_depend_on_its_batch(spec: OpSpec, dtype: torch.dtype, isa: str, rng: random.Random) -> None:
+    if spec.products:
+        pytest.skip("matrix products of another library")
     args, kwargs = spec.example(rng, dtype, DEVICE)
     x = reg.tensors_in(args)[0] if not isinstance(args[0], list) else args[1][0]
     batch = x.shape[0]
@@ -179,16 +186,12 @@ def test_a_sample_does_not_depend_on_its_batch(spec: OpSpec, dtype: torch.dtype,
                 assert torch.equal(w[b : b + 1], a)
 
 
-def big_call(spec: OpSpec, dtype: torch.dtype) -> Any:
-    """Large enough for every thread to take part."""
-    name = "[8,256,384]" if "[8,256,384]" in spec.shapes else "(8,4,128,128)"
-    return spec.shapes[name](dtype, DEVICE)
-
-
 @every_dtype
 @every_op
 def test_same_bits_on_every_run_and_any_number_of_threads(spec: OpSpec, dtype: torch.dtype) -> None:
-    args, kwargs = big_call(spec, dtype)
+    if spec.products:
+        pytest.skip("matrix products of another library")
+    args, kwargs = spec.shapes[spec.large](dtype, DEVICE)
     args, kwargs = with_grad(args, kwargs, arguments(spec, args, kwargs))
     leaves = list(arguments(spec, args, kwargs).values())
 
@@ -210,7 +213,8 @@ def test_same_bits_on_every_run_and_any_number_of_threads(spec: OpSpec, dtype: t
 
 
 @every_isa
-@pytest.mark.parametrize("name", list(SPECS))
+@pytest.mark.parametrize("name", [n for n in ("adaln_modulate", "gate_residual", "gate_residual_adaln", "linear_update",
+                                              "euler_step", "ddim_step") if n in TESTED])  # fmt: skip
 def test_a_large_output_has_the_bits_of_a_small_one(name: str, isa: str) -> None:
     """Large float32 outputs are written around the caches on the CPU, which must not show."""
     spec = SPECS[name]
@@ -234,7 +238,7 @@ def test_the_reference_passes_gradcheck(spec: OpSpec, rng: random.Random) -> Non
     while sum(t.numel() for t in reg.tensors_in((args, kwargs))) > 400:
         args, kwargs = spec.example(random.Random(rng.getrandbits(31)), torch.float64, torch.device("cpu"))
     kwargs = {k: 10.0 if k == "clip_sample" else v for k, v in kwargs.items()}  # no kinks within a difference step
-    call = reg.map_tensors(lambda t: t.double(), (args, kwargs))
+    call = double((args, kwargs))
     wanted = arguments(spec, *call)
     names = list(wanted)
     ids = [id(t) for t in wanted.values()]
@@ -252,6 +256,8 @@ def test_the_reference_passes_gradcheck(spec: OpSpec, rng: random.Random) -> Non
 @every_dtype
 @every_op
 def test_opcheck(spec: OpSpec, dtype: torch.dtype) -> None:
+    if spec.lower is None:
+        pytest.skip("made of other operators")
     for seed in range(3):
         args, kwargs = spec.example(random.Random(seed), dtype, DEVICE)
         if spec.name == "linear_update":  # the operator itself takes up to eight terms
@@ -299,17 +305,26 @@ def test_compiled_whole_equals_eager(spec: OpSpec) -> None:
                 with torch.no_grad():
                     results.append([*out, *grads, *outputs(f(*args, **kwargs))])
         for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+            assert_compiled(spec, a, b)
 
 
-@every_op
+def assert_compiled(spec: OpSpec, eager: torch.Tensor, compiled: torch.Tensor) -> None:
+    """The same bits, unless there are products, which the compiler may take from another library."""
+    if spec.products:
+        limit = 16 * torch.finfo(eager.dtype).eps * eager.abs().max().item()
+        torch.testing.assert_close(eager, compiled, rtol=0, atol=limit)
+    else:
+        assert torch.equal(eager, compiled)
+
+
+@every_op_with_out
 def test_compiled_with_out_writes_it(spec: OpSpec) -> None:
     args, kwargs = spec.example(random.Random(2), torch.float32, DEVICE)
     want = outputs(spec.function(*args, **kwargs))
     out: Any = [torch.full_like(w, float("nan")) for w in want]
     torch.compile(spec.function, fullgraph=True)(*args, **kwargs, out=out[0] if len(out) == 1 else tuple(out))
     for w, o in zip(want, out, strict=True):
-        assert torch.equal(w, o)
+        assert_compiled(spec, w, o)
 
 
 @every_dtype
@@ -319,22 +334,27 @@ def test_empty_tensors(spec: OpSpec, dtype: torch.dtype) -> None:
         return t.narrow(dim, 0, 0) if t.dim() > dim else t
 
     args, kwargs = spec.shapes[next(iter(spec.shapes))](dtype, DEVICE)
-    for dim in (0, 1, 2):
-        sizes = {t.shape for t in reg.tensors_in((args, kwargs))}
+    calls = [make(dtype, DEVICE) for make in spec.empty or ()]
+    for dim in () if spec.empty is not None else (0, 1, 2):
         # Cutting a modulation [B, D] along N would cut its D; only tensors with that dimension are cut.
-        a, k = reg.map_tensors(
-            lambda t, dim=dim, sizes=sizes: cut(t, dim) if t.dim() > 2 or dim == 0 else (t if dim == 1 else t[:, :0]),
+        calls.append(reg.map_tensors(
+            lambda t, dim=dim: cut(t, dim) if t.dim() > 2 or dim == 0 else (t if dim == 1 else t[:, :0]),
             (args, kwargs),
-        )
+        ))  # fmt: skip
+    assert calls
+    for a, k in calls:
         a, k = with_grad(a, k, arguments(spec, a, k))
-        with native():
-            results = outputs(spec.function(*a, **k))
-            leaves = list(arguments(spec, a, k).values())
-            grads = torch.autograd.grad(results, leaves, [torch.ones_like(r) for r in results])
-        assert all(r.numel() == 0 for r in results)
-        for g, leaf in zip(grads, leaves, strict=True):
-            assert g.shape == leaf.shape
-            assert not g.any()
+        leaves = list(arguments(spec, a, k).values())
+        found = []
+        for function, backend in ((spec.function, "native"), (spec.reference, "reference")):
+            with fastdiff.use_backend(backend):
+                results = outputs(function(*a, **k))
+                ups = [torch.ones_like(r) for r in results]
+                grads = torch.autograd.grad(results, leaves, ups, allow_unused=True, materialize_grads=True)
+            found.append([*results, *grads])
+        for got, want in zip(*found, strict=True):
+            assert got.shape == want.shape
+            torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @every_op
@@ -350,18 +370,16 @@ def test_forward_mode_derivative(spec: OpSpec, rng: random.Random) -> None:
     def call(function: Any, wide: bool) -> Any:
         def f(*leaves: torch.Tensor) -> Any:
             table = dict(zip(ids, leaves, strict=True))
-            a, k = reg.map_tensors(lambda t: table.get(id(t), t.double() if wide else t), (args, kwargs))
+            a, k = reg.map_tensors(lambda t: table.get(id(t), double(t) if wide else t), (args, kwargs))
             return function(*a, **k)
 
         return f
 
     _, got = torch.func.jvp(call(spec.function, False), primals, tangents)
-    _, want = torch.func.jvp(
-        call(spec.reference, True), tuple(p.double() for p in primals), tuple(t.double() for t in tangents)
-    )
+    _, want = torch.func.jvp(call(spec.reference, True), double(primals), double(tangents))
     for g, w in zip(outputs(got), outputs(want), strict=True):
         scale = max(w.abs().max().item(), 1e-3)  # the derivative of a norm with tiny variance is huge
-        torch.testing.assert_close(g.double() / scale, w / scale, atol=3e-4, rtol=3e-3)
+        torch.testing.assert_close(double(g) / scale, w / scale, atol=3e-4, rtol=3e-3)
 
 
 @every_op
@@ -376,24 +394,23 @@ def test_second_derivatives_equal_those_of_the_reference(spec: OpSpec) -> None:
             a, k = with_grad(*call, arguments(spec, *call))
             leaves = list(arguments(spec, a, k).values())
             results = outputs(function(*a, **k))
-            first = torch.autograd.grad(sum(r.square().sum() for r in results), leaves, create_graph=True)
-            found.append(torch.autograd.grad(sum((g * g).sum() for g in first), leaves, allow_unused=True))
+            first = torch.autograd.grad(sum(r.abs().square().sum() for r in results), leaves, create_graph=True)
+            found.append(torch.autograd.grad(sum(g.abs().square().sum() for g in first), leaves, allow_unused=True))
         for g, w in zip(*found, strict=True):
             assert (g is None) == (w is None)
             if w is not None:
                 scale = max(w.abs().max().item(), 1e-6)
-                torch.testing.assert_close(g.double() / scale, w / scale, atol=1e-3, rtol=1e-3)
+                torch.testing.assert_close(double(g) / scale, w / scale, atol=1e-3, rtol=1e-3)
         checked += 1
     assert checked >= 8
 
 
-BAD = [(spec, *bad) for spec in SPECS.values() for bad in spec.bad]
+BAD = [(spec, *bad) for spec in TESTED.values() for bad in spec.bad]
 
 
 @pytest.mark.parametrize(("spec", "what", "make", "kind", "words"), BAD, ids=[f"{b[0].name}-{b[1]}" for b in BAD])
 def test_bad_input_is_named(spec: OpSpec, what: str, make: Any, kind: type[Exception], words: tuple[str, ...]) -> None:
-    shape = "[1,16,1152]" if "[1,16,1152]" in spec.shapes else "(1,4,64,64)"
-    args, kwargs = make(*spec.shapes[shape](torch.float32, DEVICE))
+    args, kwargs = make(*spec.shapes[next(iter(spec.shapes))](torch.float32, DEVICE))
     for backend in ("auto", "reference"):
         with fastdiff.use_backend(backend), pytest.raises(kind) as caught:
             spec.function(*args, **kwargs)
@@ -402,7 +419,7 @@ def test_bad_input_is_named(spec: OpSpec, what: str, make: Any, kind: type[Excep
 
 
 @every_dtype
-@every_op
+@every_op_with_out
 @given(rng=rngs)
 def test_out_is_written_and_may_be_the_input(spec: OpSpec, dtype: torch.dtype, rng: random.Random) -> None:
     args, kwargs = spec.example(rng, dtype, DEVICE)
@@ -446,13 +463,14 @@ def test_nan_and_infinity_propagate_like_the_reference(
         with native(isa):
             got = outputs(spec.function(*args, **kwargs))
         for g, w in zip(got, outputs(spec.reference(*args, **kwargs)), strict=True):
-            assert torch.equal(torch.isnan(g), torch.isnan(w))
-            assert torch.equal(torch.isinf(g), torch.isinf(w))
+            assert torch.equal(torch.isfinite(g), torch.isfinite(w))
+            if value != value or spec.exact_infinity:
+                assert torch.equal(torch.isinf(g), torch.isinf(w))
 
 
 @every_op
 def test_float64_runs_on_the_reference_and_native_says_why_not(spec: OpSpec) -> None:
-    args, kwargs = reg.map_tensors(lambda t: t.double(), spec.example(random.Random(0), torch.float32, DEVICE))
+    args, kwargs = double(spec.example(random.Random(0), torch.float32, DEVICE))
     for a, b in zip(outputs(spec.function(*args, **kwargs)), outputs(spec.reference(*args, **kwargs)), strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -474,7 +492,7 @@ def test_the_profiler_sees_the_operator(spec: OpSpec) -> None:
 def test_lazily_negated_and_zero_tensors_are_what_they_stand_for(spec: OpSpec) -> None:
     for seed in range(8):
         args, kwargs = spec.example(random.Random(seed), torch.float32, DEVICE)
-        for lazy in (torch._neg_view, lambda t: torch._efficientzerotensor(t.shape, device=t.device)):
+        for lazy in (torch._neg_view, lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype, device=t.device)):
             victims = list(arguments(spec, args, kwargs).values())
             victim = victims[seed % len(victims)]
             call = reg.map_tensors(lambda t, v=victim, f=lazy: f(t) if t is v else t, (args, kwargs))
@@ -484,7 +502,7 @@ def test_lazily_negated_and_zero_tensors_are_what_they_stand_for(spec: OpSpec) -
                 assert torch.equal(a, b)
 
 
-@every_op
+@every_op_with_out
 def test_writing_into_a_tensor_that_a_backward_pass_needs_is_noticed(spec: OpSpec) -> None:
     for view in (False, True):  # the fast way in, and the ordinary one
         args, kwargs = spec.example(random.Random(3), torch.float32, DEVICE)
@@ -529,6 +547,24 @@ def test_compiled_samplers_take_a_new_step_size_every_step() -> None:
     for a in (0.1, 0.2, 0.3, 0.45):
         for got, want in zip(compiled(x, v, a), steps(x, v, a), strict=True):
             assert torch.equal(got, want)
+
+
+def test_one_tensor_may_be_two_arguments_while_compiling_with_gradients() -> None:
+    x = torch.randn(2, 5, 8, device=DEVICE, requires_grad=True)
+    ops = fastdiff.ops
+    weight = torch.randn(24, 8, device=DEVICE)
+    calls = {
+        "euler_step": lambda x: ops.euler_step(x, x, 0.5, uncond=x, guidance_scale=2.0),
+        "gate_residual": lambda x: ops.gate_residual(x, x, x),
+        "adaln_mlp": lambda x: ops.adaln_mlp(x, x, x, x, weight, None, weight.mT, None),
+    }
+    for name, call in calls.items():
+        results = []
+        for function in (call, torch.compile(call, fullgraph=True)):
+            y = function(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(eager, compiled, msg=name)
 
 
 def test_a_coefficient_that_is_learned_is_the_references_and_native_says_so() -> None:

@@ -273,6 +273,14 @@ def _shapes(pick: Callable[[tuple[torch.Tensor, ...]], tuple[Any, ...]], parts: 
     return shapes
 
 
+def _scaling(pick: Callable[[tuple[torch.Tensor, ...]], tuple[Any, ...]], parts: int) -> dict[str, Any]:
+    def call(tokens: int) -> Callable[..., reg.Call]:
+        return lambda dtype, device: (pick(_dit(1, tokens, 1152, parts)(dtype, device)), {})
+
+    # From about 16 MB on the pages of an output are fresh at every call, and the allocator is what is measured.
+    return {"tokens N, D = 1152": (1.0, {n: call(n) for n in (32, 64, 128, 256, 512, 1024, 2048)})}
+
+
 # ------------------------------------------------------------------------------------------------------------- peers
 # The code that DiT, SiT and PixArt ship, in the type of the activations: rounds after every operation, which for
 # 16-bit types is cheaper than the reference (float32 inside) and less exact.
@@ -323,7 +331,9 @@ reg.add(
         bytes=lambda x, shift, scale, **k: 2 * nbytes(x) + nbytes(shift, scale, k.get("weight"), k.get("bias")),
         flops=lambda x, *_, **__: 8 * x.numel(),
         shapes=_shapes(lambda t: (t[0], t[2], t[3]), 2),
+        scaling=_scaling(lambda t: (t[0], t[2], t[3]), 2),
         take=_take,
+        large="[8,256,384]",
         peers={"DiT's code": _plain_modulate},
     )
 )  # fmt: skip
@@ -346,7 +356,9 @@ reg.add(
         bytes=lambda x, branch, gate: 2 * nbytes(x) + nbytes(branch, gate),
         flops=lambda x, *_: 2 * x.numel(),
         shapes=_shapes(lambda t: t[:3], 1),
+        scaling=_scaling(lambda t: t[:3], 1),
         take=_take,
+        large="[8,256,384]",
         peers={"DiT's code": _plain_gate},
     )
 )  # fmt: skip
@@ -379,7 +391,9 @@ reg.add(
         bytes=lambda x, branch, gate, shift, scale, **_: 3 * nbytes(x) + nbytes(branch, gate, shift, scale),
         flops=lambda x, *_, **__: 10 * x.numel(),
         shapes=_shapes(lambda t: t[:5], 3),
+        scaling=_scaling(lambda t: t[:5], 3),
         take=_take,
+        large="[8,256,384]",
         peers={"DiT's code": _plain_fused},
         inplace=None,  # out= is a pair
     )

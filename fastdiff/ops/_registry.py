@@ -13,6 +13,7 @@ A call takes one of these routes:
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class OpSpec:
         reference: the plain PyTorch formula with the public signature; float64 in, float64 out.
         example: ``example(rng, dtype, device) -> (args, kwargs)``, one valid call; shapes, layouts and options are
             drawn from `rng`, so hypothesis can drive and shrink it.
-        lower: the torch operator and its arguments for a public call.
+        lower: the torch operator and its arguments for a public call; None where the function is made of several.
         bound: ``bound(dtype, *args, **kwargs) -> (magnitude per output, ...)`` for the call with float64 tensors, the
             outputs being stored as `dtype`: the sum of the absolute values that meet on the way to each element, so
             that float32 arithmetic is off by a few units of 2^-24 of it. See `tolerance`.
@@ -60,13 +61,24 @@ class OpSpec:
             is not installed and ValueError where it cannot do the call.
         take: ``take(b, args, kwargs) -> (args, kwargs)``, the same call for sample b alone, as a batch of one.
         inplace: the position of an argument that ``out=`` may be, or None.
+        cuda: there is a CUDA kernel. Where there is none, the reference serves tensors on a GPU.
+        large: the name of the shape with enough work for every thread, and samples 0 to 3 at least.
+        empty: valid calls on tensors without elements; None: derived from the first of `shapes` by cutting dimensions.
+        exact_infinity: an infinity in the first argument leads to the same infinities and NaNs as in the reference;
+            False: only to the same elements not being finite (inf - inf on one way, inf on another).
+        compiled: the formulation of the reference that `torch.compile` does best with, where that is another.
+        overhead: the smallest sensible call, of which the benchmark takes the price of a call; None: the first of
+            `shapes` with every dimension cut to a few.
+        products: it contains matrix products of torch's libraries, whose bits may differ with the batch and the number
+            of threads.
+        scaling: what the time is measured against: ``axis -> (expected exponent, {value: make(dtype, device)})``.
     """
 
     name: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
     example: Callable[[random.Random, torch.dtype, torch.device], Call]
-    lower: Callable[..., tuple[Any, tuple[Any, ...]]]
+    lower: Callable[..., tuple[Any, tuple[Any, ...]]] | None
     bound: Callable[..., tuple[torch.Tensor, ...]]
     grad_bound: Callable[..., dict[str, torch.Tensor]]
     differentiable: tuple[str, ...]
@@ -78,6 +90,21 @@ class OpSpec:
     take: Callable[[int, tuple[Any, ...], dict[str, Any]], Call]
     peers: dict[str, Callable[..., Callable[[], Any]]] = field(default_factory=dict)
     inplace: int | None = 0
+    cuda: bool = True
+    large: str = ""
+    empty: Sequence[Callable[[torch.dtype, torch.device], Call]] | None = None
+    exact_infinity: bool = True
+    compiled: Callable[..., Any] | None = None
+    overhead: Callable[[torch.dtype, torch.device], Call] | None = None
+    products: bool = False
+    scaling: dict[str, tuple[float, dict[int, Callable[[torch.dtype, torch.device], Call]]]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def has_out(self) -> bool:
+        """The function takes ``out=``."""
+        return "out" in inspect.signature(self.function).parameters
 
     def __repr__(self) -> str:
         return f"OpSpec({self.name})"
@@ -99,6 +126,7 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     operands: Callable[..., Any] = lambda *args: args,
+    cuda: bool = True,
 ) -> Any:
     """Register ``fastdiff::name`` with torch and return its overload.
 
@@ -109,6 +137,7 @@ def define(
         kernel: the implementation for CPU and CUDA.
         fake: the same for shapes only.
         operands: which of the arguments must be of a type the kernels serve; all tensors unless given.
+        cuda: `kernel` serves CUDA tensors too.
     """
 
     def guarded(*args: Any) -> Any:
@@ -118,7 +147,7 @@ def define(
         return kernel(*args)
 
     library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
-    for key in ("CPU", "CUDA"):
+    for key in ("CPU", "CUDA") if cuda else ("CPU",):
         library.impl(name, guarded, key)
     torch.library.register_fake(f"fastdiff::{name}", fake, lib=library)
     return getattr(torch.ops.fastdiff, name).default
@@ -141,8 +170,9 @@ def vectorised(grads: Tensors) -> bool:
     return any(g is not None and "Batched" in str(torch._C._dispatch_keys(g)) for g in grads)
 
 
-def route(op: str, required: Tensors, optional: Tensors = ()) -> str:
-    """Who serves a call on these tensors; see the module's docstring. `optional` ones may be None.
+def route(op: str, required: Tensors, optional: Tensors = (), cuda: bool = True) -> str:
+    """Who serves a call on these tensors; see the module's docstring. `optional` ones may be None. `cuda`: the
+    operator has a CUDA kernel.
 
     Anything that is not a tensor is answered with the reference route, whose validation names it.
 
@@ -150,14 +180,14 @@ def route(op: str, required: Tensors, optional: Tensors = ()) -> str:
         RuntimeError: ``use_backend("native")`` is in force and the native kernels cannot serve the call.
     """
     if _native.backend == "reference" or _native.extension is None or transforms_active():
-        return _fallback(op, (*required, *optional))
+        return _fallback(op, (*required, *optional), cuda)
     dtypes, grad = _native.DTYPES, torch.is_grad_enabled()
     needs_grad = False
     for t in (*required, *[o for o in optional if o is not None]) if optional else required:
         if not isinstance(t, torch.Tensor):
             return REFERENCE
-        if t.dtype not in dtypes or not (t.is_cpu or (t.is_cuda and _has_cuda)):
-            return _fallback(op, (*required, *optional))
+        if t.dtype not in dtypes or not (t.is_cpu or (t.is_cuda and _has_cuda and cuda)):
+            return _fallback(op, (*required, *optional), cuda)
         if grad and t.requires_grad:
             needs_grad = True
     return GRAD if needs_grad else OP
@@ -213,9 +243,21 @@ def call(op: Any, kernel: Callable[..., Any], *args: Any) -> Any:
     return kernel(*args) if plain else op(*args)
 
 
-def _fallback(op: str, tensors: Tensors) -> str:
+def distinct(*args: Any) -> tuple[Any, ...]:
+    """The arguments of an ``autograd.Function.apply``. While compiling, a tensor that comes again becomes a view of
+    itself: torch.compile refuses to trace an apply that takes one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    found: list[Any] = []
+    for t in args:
+        again = isinstance(t, torch.Tensor) and any(t is other for other in found)
+        found.append(t.view_as(t) if again else t)
+    return tuple(found)
+
+
+def _fallback(op: str, tensors: Tensors, cuda: bool = True) -> str:
     if _native.backend == "native":
-        why = _native.reasons(tensors)
+        why = _native.reasons(tensors, cuda=cuda)
         if transforms_active():
             why.append("a forward-mode derivative or functorch transform is active")
         raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: ' + "; ".join(why))
@@ -240,9 +282,11 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> list[str]:
     """
     if op_name not in SPECS:
         raise ValueError(f"explain: op_name: expected one of {sorted(SPECS)}, got {op_name!r}")
-    _, lowered = SPECS[op_name].lower(*args, **kwargs)
+    lower = SPECS[op_name].lower
+    lowered: tuple[Any, ...] = lower(*args, **kwargs)[1] if lower else (*args, *kwargs.values())
     # An update's first argument are its terms; its per-sample coefficients may be of more types.
-    found = _native.reasons(tensors_in(lowered[0] if isinstance(lowered[0], list) else lowered))
+    operands = tensors_in(lowered[0] if isinstance(lowered[0], list) else lowered)
+    found = _native.reasons([t for t in operands if t.is_floating_point()], cuda=SPECS[op_name].cuda)
     if transforms_active():
         found.append("a forward-mode derivative or functorch transform is active: the reference is its derivative")
     if isinstance(lowered[0], list) and learned(tensors_in(lowered[1:])):
@@ -270,6 +314,25 @@ def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)(map_tensors(function, v) for v in tree)
     return tree
+
+
+def widen(tree: Any) -> Any:
+    """The same nested structure in double precision; integers and booleans stay."""
+
+    def wide(t: torch.Tensor) -> torch.Tensor:
+        if t.is_complex():
+            return t.detach().to(torch.complex128)
+        return t.detach().double() if t.is_floating_point() else t
+
+    return map_tensors(wide, tree)
+
+
+def operand(t: torch.Tensor | None) -> tuple[int, ...] | None:
+    """A tensor as the native side takes it (`Strided`): pointer, dtype, strides in elements, 0 where the size is 1."""
+    if t is None:
+        return None
+    strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    return (t.data_ptr(), _native.DTYPES[t.dtype], *strides)
 
 
 def tolerance(expected: torch.Tensor, magnitude: torch.Tensor, growth: float, dtype: torch.dtype) -> torch.Tensor:

@@ -185,6 +185,13 @@ def _shapes(make: Callable[..., reg.Call], count: int) -> dict[str, Any]:
     return {name: call(size) for name, size in _SIZES.items()}
 
 
+def _scaling(make: Callable[..., reg.Call], count: int) -> dict[str, Any]:
+    def call(side: int) -> Callable[..., reg.Call]:
+        return lambda dtype, device: make(*(dense((1, 4, side, side), dtype, device, i) for i in range(count)))
+
+    return {"side of the latent": (2.0, {side: call(side) for side in (32, 64, 128, 256, 512, 1024)})}
+
+
 def _diffusers_ddim(x: Any, pred: Any, alpha_bar: float, alpha_bar_next: float, **options: Any) -> Callable[[], Any]:
     """`DDIMScheduler.step` of diffusers over one step between these levels; no guidance, no flow type."""
     from diffusers import DDIMScheduler
@@ -220,7 +227,9 @@ reg.add(
         bytes=lambda coefficients, tensors: nbytes(*tensors) + nbytes(tensors[0]),
         flops=lambda coefficients, tensors: 2 * len(tensors) * tensors[0].numel(),
         shapes=_shapes(lambda *t: (([0.7, 0.5, -0.2, 0.1], list(t)), {}), 4),
+        scaling=_scaling(lambda *t: (([0.7, 0.5, -0.2, 0.1], list(t)), {}), 4),
         take=_take,
+        large="(8,4,128,128)",
         inplace=None,  # tensors come as a list
     )
 )
@@ -251,7 +260,9 @@ reg.add(
         bytes=lambda x, velocity, dt, *, uncond=None, **_: nbytes(x, velocity, uncond) + nbytes(x),
         flops=lambda x, *_, uncond=None, **__: (2 if uncond is None else 4) * x.numel(),
         shapes=_shapes(lambda x, v, u: ((x, v, 0.02), {"uncond": u, "guidance_scale": 4.0}), 3),
+        scaling=_scaling(lambda x, v, u: ((x, v, 0.02), {"uncond": u, "guidance_scale": 4.0}), 3),
         take=_take,
+        large="(8,4,128,128)",
     )
 )
 
@@ -295,8 +306,10 @@ reg.add(
                 {"uncond": dense((8, 4, 128, 128), dtype, device, 2), "guidance_scale": 4.0, "clip_sample": 1.0},
             ),
         },
+        scaling=_scaling(lambda x, e: ((x, e, 0.3, 0.5), {}), 2),
         peers={"diffusers": _diffusers_ddim},
         take=_take,
+        large="(8,4,128,128)",
     )
 )  # fmt: skip
 

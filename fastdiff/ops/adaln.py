@@ -22,6 +22,8 @@ _MODULATIONS = {  # which modulations each operator insists on
     "adaln_modulate": ("shift", "scale"),
     "gate_residual": ("gate",),
     "gate_residual_adaln": ("gate", "shift", "scale"),
+    "adaln_attention": ("gate", "shift", "scale"),
+    "adaln_mlp": ("gate", "shift", "scale"),
 }
 _MODULATION = "shape [B, D], [B, 1, D], [B, N, D], [D], [1, 1, D] or [1, N, D]"
 _CODES = _native.DTYPES
@@ -81,7 +83,7 @@ def adaln_modulate(
     if way is reg.REFERENCE:
         return adaln_modulate_reference(x, shift, scale, norm=norm, weight=weight, bias=bias, eps=eps)
     if way is reg.GRAD:
-        return _Adaln.apply(x, None, None, shift, scale, weight, bias, rms, eps)
+        return _Adaln.apply(*reg.distinct(x, None, None, shift, scale, weight, bias), rms, eps)
     return reg.call(_modulate_op, _modulate, x, shift, scale, weight, bias, rms, eps)
 
 
@@ -122,7 +124,7 @@ def gate_residual(
     if way is reg.REFERENCE:
         return gate_residual_reference(x, branch, gate)
     if way is reg.GRAD:
-        return _Adaln.apply(x, branch, gate, None, None, None, None, False, 0.0)
+        return _Adaln.apply(*reg.distinct(x, branch, gate, None, None, None, None), False, 0.0)
     return reg.call(_gate_residual_op, _gate_residual, x, branch, gate)
 
 
@@ -192,7 +194,7 @@ def gate_residual_adaln(
     if way is reg.REFERENCE:
         return gate_residual_adaln_reference(x, branch, gate, shift, scale, norm=norm, eps=eps)
     if way is reg.GRAD:
-        return _Adaln.apply(x, branch, gate, shift, scale, None, None, rms, eps)
+        return _Adaln.apply(*reg.distinct(x, branch, gate, shift, scale, None, None), rms, eps)
     return reg.call(_gate_residual_adaln_op, _gate_residual_adaln, x, branch, gate, shift, scale, rms, eps)
 
 

@@ -377,7 +377,7 @@ def _serve(
         reg.written(out)
         return out
     if way is reg.GRAD:
-        return _Update.apply(len(terms), values, rule or _LINEAR, reference, *terms, *tables)
+        return _Update.apply(len(terms), values, rule or _LINEAR, reference, *reg.distinct(*terms, *tables))
     return reg.call(_update_op, _update, terms, values, tables, *(rule or _LINEAR))
 
 
