@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (bench, verify):
         command.add_argument("--op", action="append", default=[])
         command.add_argument("--dtype", action="append", default=[])
-        command.add_argument("--threads", type=int)
+        command.add_argument("--threads", type=_positive)
     bench.add_argument("--shape", action="append", default=[])
     bench.add_argument("--device", default="cpu")
     bench.add_argument("--backward", action="store_true")
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--buffers", type=int)
     bench.add_argument("--budget", type=float, default=float("inf"))
     bench.add_argument("--no-compile", dest="compiled", action="store_false")
+    bench.add_argument("--scaling", action="store_true")
+    bench.add_argument("--list", action="store_true")
     bench.add_argument("--json", metavar="PATH|-")
     bench.add_argument("--markdown", metavar="PATH")
     bench.add_argument("--plot", metavar="PATH")
@@ -62,29 +64,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("expected a number of at least 1")
+    return number
+
+
 def _bench(options: argparse.Namespace) -> int:
     from fastdiff.cli import _bench_engine as engine
     from fastdiff.cli import _bench_report as report
+    from fastdiff.cli import _scaling
     from fastdiff.cli._table import to_json, write_text
 
+    if options.list:
+        print(to_json(engine.list_shapes()) if options.json == "-" else engine.listing().text())
+        return 0
+    shown = _scaling if options.scaling else report
     _set_threads(options.threads)
     try:
-        record = engine.bench(
-            ops=options.op,
-            shapes=options.shape,
-            dtypes=options.dtype,
-            backward=options.backward,
-            device=options.device,
-            seconds=options.seconds,
-            compiled=options.compiled,
-            buffers=options.buffers,
-            budget=options.budget,
-            progress=_progress,
-        )
+        if options.scaling:
+            _scaling.refuse_what_it_ignores(
+                device=options.device, shapes=options.shape, backward=options.backward, budget=options.budget
+            )
+            record = _scaling.scaling(ops=options.op, dtypes=options.dtype, seconds=options.seconds, progress=_progress)
+        else:
+            record = engine.bench(
+                ops=options.op,
+                shapes=options.shape,
+                dtypes=options.dtype,
+                backward=options.backward,
+                device=options.device,
+                seconds=options.seconds,
+                compiled=options.compiled,
+                buffers=options.buffers,
+                budget=options.budget,
+                progress=_progress,
+            )
         if options.plot:
-            report.plot(record, options.plot)
+            shown.plot(record, options.plot)
         if options.markdown:
-            write_text(options.markdown, report.markdown(record))
+            write_text(options.markdown, shown.markdown(record))
         if options.json and options.json != "-":
             write_text(options.json, to_json(record) + "\n")
     except (engine.BenchError, ImportError, OSError, ValueError) as error:
@@ -92,7 +112,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json == "-":
         print(to_json(record))
     else:
-        print("\n".join([report.table(record).text(), *report.notes(record), record["summary"]]))
+        notes = [] if options.scaling else report.notes(record)
+        print("\n".join([shown.table(record).text(), *notes, record["summary"]]))
     return 0 if record["ok"] else 1
 
 

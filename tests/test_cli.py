@@ -20,7 +20,7 @@ import torch
 
 import fastdiff
 from fastdiff import _native, cli
-from fastdiff.cli import _bench_engine, _bench_report, _check, _machine, _verify_engine
+from fastdiff.cli import _bench_engine, _bench_report, _check, _machine, _scaling, _verify_engine
 from fastdiff.cli._bench_timing import Contestant, quartiles, race, ratios
 from fastdiff.cli._table import Cell, Table, to_json, write_text
 from fastdiff.ops import SPECS
@@ -301,6 +301,13 @@ def test_verify_notices_a_broken_extension(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @native
+def test_verify_poisons_only_what_flows_into_the_result() -> None:
+    result = invoke(*VERIFY, "--op", "box_mask", "--op", "gaussian_blend", "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.stdout
+    assert json.loads(result.stdout)["ok"]
+
+
+@native
 def test_verify_refuses_what_it_does_not_know() -> None:
     for options, words in (
         (["--op", "nonsense"], "gate_residual"),
@@ -445,6 +452,55 @@ def test_bench_says_which_baselines_are_missing_and_why(monkeypatch: pytest.Monk
         "broken": "failed: ZeroDivisionError: of its own",
         "compile": "RuntimeError: no working compiler",
     }
+
+
+@native
+def test_bench_names_a_baseline_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "gate_residual", peers={"patient": lambda x, *_: lambda: x + 0})
+    monkeypatch.setattr(_bench_engine, "_PATIENCE", 0.0)
+    (row,) = json.loads(invoke(*BENCH, "--json", "-").stdout)["rows"]
+    assert "patient" not in row["ratios"]
+    assert row["unavailable"]["patient"] == "one call took 0 s, so it was not raced"
+
+
+def _sweep(name: str, expected: float) -> dict[str, Any]:
+    """A sweep whose sizes are the rows of a matrix."""
+    make = {n: lambda dtype, device, n=n: ((torch.ones(n, 64), torch.ones(n, 64), 0.5), {}) for n in (64, 1024, 16384)}
+    return {name: (expected, make)}
+
+
+@native
+def test_scaling_measures_an_exponent_beside_the_expected_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    replace(monkeypatch, "euler_step", scaling=_sweep("rows", 1.0))
+    files = [
+        "--json",
+        str(tmp_path / "s.json"),
+        "--markdown",
+        str(tmp_path / "s.md"),
+        "--plot",
+        str(tmp_path / "s.png"),
+    ]
+    result = invoke("bench", "--scaling", "--op", "euler_step", "--seconds", "0", *files)
+    assert result.exit_code == 0
+    (sweep,) = json.loads((tmp_path / "s.json").read_text())["sweeps"]
+    assert list(sweep["times_us"]) == ["64", "1024", "16384"]
+    assert math.isfinite(sweep["exponent"])
+    assert sweep["expected"] == 1.0
+    assert "| euler_step | rows | float32 |" in (tmp_path / "s.md").read_text()
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG\r\n")
+    replace(monkeypatch, "euler_step", scaling={})
+    assert "names a sweep" in invoke("bench", "--scaling", "--op", "euler_step").stderr
+    assert "expected one of" in invoke("bench", "--scaling", "--op", "nothing").stderr
+    for ignored in (["--device", "cuda"], ["--shape", "x"], ["--backward"], ["--budget", "1"]):
+        refused = invoke("bench", "--scaling", *ignored)
+        assert refused.exit_code == 1
+        assert "--scaling" in refused.stderr
+
+
+def test_the_exponent_is_that_of_a_power_law() -> None:
+    assert _scaling.exponent({n: 3.0 * n**2 for n in (1, 10, 100, 1000)}) == pytest.approx(2.0)
+    # The smallest size, where the price of a call is what is seen, does not count.
+    assert _scaling.exponent({1: 50.0, 10: 51.0, 100: 510.0, 1000: 5100.0}) == pytest.approx(1.0)
 
 
 @native

@@ -20,6 +20,7 @@ from fastdiff import _native
 from fastdiff.cli import _check
 from fastdiff.cli._bench_timing import Contestant, race, ratios
 from fastdiff.cli._machine import load_average, machine
+from fastdiff.cli._table import Table
 from fastdiff.cli._verify_engine import DTYPES, cuda_missing
 from fastdiff.ops import SPECS
 from fastdiff.ops._registry import Call, OpSpec, map_tensors, tensors_in
@@ -29,6 +30,7 @@ OVERHEAD = "overhead"
 DEFAULT_DTYPES = ("float32", "bfloat16")
 EVEN = 0.005  # a ratio that rounds to 1.00 is neither won nor lost
 _TINY = 4  # the overhead row cuts every dimension to this
+_PATIENCE = 10.0  # seconds of a baseline's call; a slower one is named with its time, and not raced
 _ROTATED_BYTES, _MAX_BUFFERS = 64 << 20, 8
 _COMPUTE_BOUND = 8.0  # operations per byte from which a share of the matmul ceiling says something
 METHOD = (
@@ -67,6 +69,14 @@ def list_shapes() -> list[dict[str, Any]]:
         {"op": spec.name, "shapes": [*spec.shapes, OVERHEAD], "baselines": [EAGER, COMPILE, *spec.peers]}
         for spec in SPECS.values()
     ]
+
+
+def listing() -> Table:
+    """The same as a table."""
+    found = Table(("op", "shapes", "baselines"))
+    for entry in list_shapes():
+        found.add(entry["op"], "\n".join(entry["shapes"]), "\n".join(entry["baselines"]))
+    return found
 
 
 def bench(
@@ -108,7 +118,8 @@ def bench(
     cases = _cases(ops, shapes, dtypes, backward)
     record: dict[str, Any] = {"ok": True, "summary": "", "machine": machine(), "method": METHOD, "device": device}
     rows: list[dict[str, Any]] = []
-    left_out: list[str] = []
+    left_out = [f"{case.label} (no CUDA kernel yet)" for case in cases if place.type == "cuda" and not case.spec.cuda]
+    cases = [case for case in cases if place.type != "cuda" or case.spec.cuda]
     start = time.perf_counter()
     for done, case in enumerate(cases):
         if rows and time.perf_counter() - start > budget:
@@ -131,7 +142,7 @@ def bench(
         f"{len(rows)} rows, {len(compared)} comparisons: {wins} won, {losses} lost, "
         f"{len(compared) - wins - losses} even"
         + (f"; FAILED: {len(failed)} rows" if failed else "")
-        + (f"; out of time for {len(left_out)} rows" if left_out else "")
+        + (f"; {len(left_out)} rows left out" if left_out else "")
         + f" ({record['seconds']:.0f} s)"
     )
     record.update(rows=rows, not_measured=left_out)
@@ -235,6 +246,8 @@ def _call(case: Case, device: torch.device) -> Call:
     dtype = DTYPES[case.dtype]
     if case.shape != OVERHEAD:
         return case.spec.shapes[case.shape](dtype, device)
+    if case.spec.overhead:
+        return case.spec.overhead(dtype, device)
     # Any named shape will do: with every dimension cut to a few, what is left is the price of the call.
     args, kwargs = next(iter(case.spec.shapes.values()))(dtype, device)
     corner = slice(0, _TINY)
@@ -253,7 +266,7 @@ def _contestants(case: Case, calls: list[Call], compiled: bool, row: dict[str, A
         start = time.perf_counter()
         try:
             torch.compiler.reset()
-            function = torch.compile(spec.reference, fullgraph=True, dynamic=False)
+            function = torch.compile(spec.compiled or spec.reference, fullgraph=True, dynamic=False)
             runs = [prepare(function, *call) for call in calls]
             with torch.set_grad_enabled(case.backward):
                 runs[0]()
@@ -264,9 +277,13 @@ def _contestants(case: Case, calls: list[Call], compiled: bool, row: dict[str, A
     for name, peer in spec.peers.items():
         try:
             runs = [_prepare_peer(case, peer, *call) for call in calls]
-            with torch.set_grad_enabled(case.backward):
-                runs[0]()
-            found.append(Contestant(name, runs))
+            took = _once(runs[0], case.backward)
+            if took > _PATIENCE:  # perhaps it compiled something
+                took = _once(runs[0], case.backward)
+            if took > _PATIENCE:
+                unavailable[name] = f"one call took {took:.0f} s, so it was not raced"
+            else:
+                found.append(Contestant(name, runs))
         except ImportError as error:
             unavailable[name] = f"not installed ({error})"
         except ValueError as error:
@@ -274,6 +291,14 @@ def _contestants(case: Case, calls: list[Call], compiled: bool, row: dict[str, A
         except Exception as error:  # a peer that breaks is no failure of ours, but no secret either
             unavailable[name] = f"failed: {type(error).__name__}: {error}"
     return found
+
+
+def _once(run: Callable[[], Any], grad: bool) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    with torch.set_grad_enabled(grad):
+        run()
+    return time.perf_counter() - start
 
 
 def _prepare(case: Case, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -63,7 +63,7 @@ def notes(record: dict[str, Any]) -> list[str]:
             missing[row["op"], name, why] = missing.get((row["op"], name, why), 0) + 1
     lines += [f"no {name} for {op} in {count} row(s): {why}" for (op, name, why), count in missing.items()]
     if record["not_measured"]:
-        lines.append("out of time for: " + "; ".join(record["not_measured"]))
+        lines.append("not measured: " + "; ".join(record["not_measured"]))
     lines.append(machine_line(record))
     return lines
 
@@ -166,13 +166,18 @@ def plot(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figure.suptitle("How many times faster is fastdiff?", x=0.01, ha="left", fontsize=13, fontweight="bold")
     figure.legend(handles, legend_names, loc="outside upper right", ncols=len(names), frameon=False, fontsize=9)
     figure.text(0.01, -0.005, machine_line(record), fontsize=7, color="#555555", va="top")
+    save_figure(figure, path)
+    plt.close(figure)
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a PNG whole or not at all."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         whole = Path(folder) / "bench.png"
         figure.savefig(whole, dpi=150, bbox_inches="tight", facecolor="white", format="png")
         os.replace(whole, target)
-    plt.close(figure)
 
 
 def _columns(slots: dict[str, float]) -> list[list[str]]:

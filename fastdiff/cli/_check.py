@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastdiff import _native
-from fastdiff.ops._registry import Call, OpSpec, map_tensors, tensors_in, tolerance
+from fastdiff.ops._registry import Call, OpSpec, map_tensors, tensors_in, tolerance, widen
 
 # Exceeding the tolerance is what fails, so an error of exactly 1 passes.
 LIMIT = 1.0
@@ -53,11 +53,12 @@ def expect(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradi
         gradients: also those of the differentiable arguments, for random upstream gradients.
         seed: of the upstream gradients.
     """
-    args64, kwargs64 = _wide(args), _wide(kwargs)
+    args64, kwargs64 = widen(args), widen(kwargs)
     with torch.no_grad():
         dtypes = [t.dtype for t in tensors_in(spec.reference(*args, **kwargs))]
         outputs = tensors_in(spec.reference(*args64, **kwargs64))
-        bounds = spec.bound(dtypes[0], *args64, **kwargs64)
+        # Elements that a NaN or infinity does not reach have the tolerance they would have without it.
+        bounds = spec.bound(dtypes[0], *_finite(args64), **_finite(kwargs64))
         growth = spec.growth(*args, **kwargs)
         limits = [tolerance(e, b, growth, d) for e, b, d in zip(outputs, bounds, dtypes, strict=True)]
     found = Expected(spec, args, kwargs, dtypes, outputs, limits)
@@ -66,7 +67,7 @@ def expect(spec: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradi
     generator = torch.Generator().manual_seed(seed)
     for out, dtype in zip(outputs, dtypes, strict=True):
         found.upstream.append(torch.randn(out.shape, generator=generator).to(out.device, dtype))
-    upstream = [g.double() for g in found.upstream]
+    upstream = widen(found.upstream)
     found.gradients = _gradients(spec.reference, spec, args64, kwargs64, upstream)
     with torch.no_grad():
         bound_of = spec.grad_bound(dtypes[0], upstream, *args64, **kwargs64)
@@ -193,10 +194,6 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _wide(tree: Any) -> Any:
-    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, tree)
-
-
 def _gradients(
     function: Callable[..., Any],
     spec: OpSpec,
@@ -211,6 +208,10 @@ def _gradients(
     return dict(zip(leaves, grads, strict=True))
 
 
+def _finite(tree: Any) -> Any:
+    return map_tensors(lambda t: t.nan_to_num(0.0, 0.0, 0.0) if t.is_floating_point() or t.is_complex() else t, tree)
+
+
 def _same_bits(what: str, first: list[torch.Tensor], second: list[torch.Tensor], finding: Finding) -> None:
     for a, b in zip(first, second, strict=True):
         if not torch.equal(_bits(a), _bits(b)):
@@ -219,6 +220,8 @@ def _same_bits(what: str, first: list[torch.Tensor], second: list[torch.Tensor],
 
 
 def _bits(t: torch.Tensor) -> torch.Tensor:
+    if t.is_complex():
+        t = torch.view_as_real(t)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.detach().contiguous().view(integers[t.element_size()])
 
@@ -264,6 +267,9 @@ def compare(
         return math.inf, f"expected shape {tuple(expected.shape)}, got {tuple(got.shape)}"
     if got.numel() == 0:
         return 0.0, ""
+    if got.is_complex():
+        got, expected, limit = torch.view_as_real(got), torch.view_as_real(expected), limit.unsqueeze(-1)
+        dtype = got.dtype
     # Half a step past the largest finite value is where rounding gives infinity.
     largest = torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)
     value = got.double()

@@ -35,6 +35,9 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="PATH", help="Write a PNG bar chart of the ratios.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the table as a Markdown page.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Time against size instead (float32 unless --dtype), no baselines.")
+    ] = False,
     list_only: Annotated[bool, typer.Option("--list", help="List operators, shapes and baselines, and exit.")] = False,
 ) -> None:
     """Measure every kernel against PyTorch eager, torch.compile and peer libraries, interleaved in one run.
@@ -47,39 +50,41 @@ def bench(
 
     from fastdiff.cli import _bench_engine as engine
     from fastdiff.cli import _bench_report as report
+    from fastdiff.cli import _scaling
     from fastdiff.cli._show import progress_bar, show
-    from fastdiff.cli._table import Table, to_json, write_text
+    from fastdiff.cli._table import to_json, write_text
 
     quiet = json_path == "-"
     if list_only:
-        listing = Table(("op", "shapes", "baselines"))
-        for entry in engine.list_shapes():
-            listing.add(entry["op"], "\n".join(entry["shapes"]), "\n".join(entry["baselines"]))
         if quiet:
             typer.echo(to_json(engine.list_shapes()))
         else:
-            show(listing, Console())
+            show(engine.listing(), Console())
         return
     if threads:
         torch.set_num_threads(threads)
     try:
         with progress_bar("bench") as progress:
-            record = engine.bench(
-                ops=op or (),
-                shapes=shape or (),
-                dtypes=dtype or (),
-                backward=backward,
-                device=device,
-                seconds=seconds,
-                compiled=compiled,
-                buffers=buffers,
-                budget=budget,
-                progress=progress,
-            )
+            if scaling:
+                _scaling.refuse_what_it_ignores(device=device, shapes=shape or (), backward=backward, budget=budget)
+                record = _scaling.scaling(ops=op or (), dtypes=dtype or (), seconds=seconds, progress=progress)
+            else:
+                record = engine.bench(
+                    ops=op or (),
+                    shapes=shape or (),
+                    dtypes=dtype or (),
+                    backward=backward,
+                    device=device,
+                    seconds=seconds,
+                    compiled=compiled,
+                    buffers=buffers,
+                    budget=budget,
+                    progress=progress,
+                )
         if plot:
-            report.plot(record, plot)
+            (_scaling if scaling else report).plot(record, plot)
         if markdown:
-            write_text(markdown, report.markdown(record))
+            write_text(markdown, (_scaling if scaling else report).markdown(record))
         if json_path and not quiet:
             write_text(json_path, to_json(record) + "\n")
     except (engine.BenchError, ImportError, OSError, ValueError) as error:
@@ -90,6 +95,9 @@ def bench(
         raise typer.Exit(1) from error
     if quiet:
         typer.echo(to_json(record))
+    elif scaling:
+        show(_scaling.table(record), Console())
+        typer.echo(record["summary"])
     else:
         show(report.table(record), Console())
         for line in [*report.notes(record), record["summary"]]:
