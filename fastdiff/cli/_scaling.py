@@ -133,6 +133,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     from fastdiff.cli._bench_report import save_figure
 
@@ -151,6 +152,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(sweep["axis"], fontsize=9)
         axis.set_ylabel("µs", fontsize=9)
         axis.grid(True, which="major", alpha=0.3)
+        axis.xaxis.set_minor_formatter(NullFormatter())  # a sweep of a decade or two would label all its minor ticks
         axis.legend(fontsize=7, title="exponent", title_fontsize=7)
     for axis in list(axes.flat)[len(sweeps) :]:
         axis.set_visible(False)
