@@ -1,6 +1,8 @@
 # Decides whether the CUDA kernels are built and for which GPUs.
 # Sets FASTDIFF_CUDA_ENABLED, FASTDIFF_CUDA_ARCHS_USED, cuda_objects.
-set(cuda_kernels csrc/cuda/adaln.cu csrc/cuda/update.cu)
+set(cuda_kernels
+    csrc/cuda/adaln.cu
+    csrc/cuda/update.cu)
 set(FASTDIFF_CUDA_ENABLED OFF)
 set(FASTDIFF_CUDA_ARCHS_USED "")
 set(cuda_objects)

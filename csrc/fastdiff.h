@@ -436,10 +436,25 @@ bool isa_select(const char* name);  // false: unknown here, nothing changed
 #ifdef FASTDIFF_CUDA
 // Throw std::runtime_error when the launch fails. `device` is made current for the call and restored.
 namespace cuda {
+// adaln
 void adaln_forward(const AdalnForward& a, int device, void* stream);
 void adaln_backward(const AdalnBackward& a, int device, void* stream);
+
+// update
 void update(const Update& a, int device, void* stream);
 void update_backward(const UpdateBackward& a, int device, void* stream);
+
+// gelu
+
+// attention
+
+// selective scan
+
+// causal conv1d
+
+// gaussian
+
+// spectrum
 }  // namespace cuda
 #endif
 

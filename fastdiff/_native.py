@@ -91,6 +91,29 @@ def stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index) if device_index >= 0 else 0
 
 
+_emulated = False  # the extension is csrc/emu's, and CPU tensors stand for those of a GPU: see `emulate`
+
+
+def place(t: torch.Tensor) -> tuple[int, int]:
+    """Where a kernel on `t` runs, as the extension takes it: (device index, stream), (-1, 0) for the CPU."""
+    device = t.get_device()
+    if device >= 0:
+        return device, stream(device)
+    return (0, 0) if _emulated else (-1, 0)
+
+
+@contextlib.contextmanager
+def emulate(module: ModuleType) -> Iterator[None]:
+    """Run the operators' CUDA kernels on CPU tensors, for tests: `module` is the emulator's extension (csrc/emu)."""
+    global extension, fast, _emulated
+    before = extension, fast, _emulated
+    extension, fast, _emulated = module, None, True
+    try:
+        yield
+    finally:
+        extension, fast, _emulated = before
+
+
 class use_backend:
     """Choose who computes: ``"auto"`` (native when it can, else the reference), ``"native"`` (or an error that lists
     every reason why not) or ``"reference"`` (plain PyTorch).

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emu import harness
+from emu import harness, mistakes
 from emu.harness import CHUNK, LAYOUTS, MODULATION, PREDICTIONS, STORED, Adaln, Ddim, Emulator, make_adaln
 
 SEEDS = range(2 if harness.SANITIZE else 4)  # a sanitizer does not look at bits
@@ -227,7 +227,8 @@ def update_tail_case(emu: Emulator) -> object:
     return harness.update(emu, Ddim([torch.ones(1, 1031)], [2.0]), torch.float32)
 
 
-# Every deliberate mistake of csrc/cuda/mutate.cuh: a case that shows it, and the largest grid there.
+# Deliberate mistakes of csrc/cuda/mutate.cuh: a case that shows each, and the largest grid there. Those of the other
+# families are in emu/mistakes.py, for test_emulated_ops.py.
 MISTAKES: dict[str, tuple[Callable[[Emulator], object], int]] = {
     "kSumBarrier": (adaln_case(False, 2, 3, 1400), 1000),
     "kSumTurn": (adaln_case(False, 2, 3, 1400), 1000),
@@ -258,7 +259,8 @@ def noticed(emu: Emulator, mistake: str, seed: int) -> bool:
 
 
 def test_every_mistake_has_a_case(emu: Emulator) -> None:
-    assert set(MISTAKES) == set(emu.mutations())
+    assert not set(MISTAKES) & set(mistakes.CASES)
+    assert set(MISTAKES) | set(mistakes.CASES) == set(emu.mutations())
 
 
 @pytest.mark.skipif(harness.SANITIZE != "", reason="a sanitizer would end the process at the first mistake")
@@ -316,6 +318,37 @@ def test_right_kernels_run(emu: Emulator, seed: int) -> None:
     assert torch.equal(emu.probe("shuffles", 256).view(64, 4), torch.stack(want, 1).float())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("probe", "depth", "dtype"),
+    [("product_bf16", 16, torch.bfloat16), ("product_f16", 16, torch.float16), ("product_tf32", 8, None)],
+)
+def test_tensor_core_products(emu: Emulator, probe: str, depth: int, dtype: torch.dtype | None, seed: int) -> None:
+    emu.seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(16, depth, generator=g), torch.randn(depth, 8, generator=g)
+    if dtype is None:  # what tf32 holds: 10 bits behind the point
+        a, b = (((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in (a, b))
+        got = emu.probe(probe, 192 + 128, torch.cat([a.flatten(), b.flatten()]))[192:]
+    else:
+        a, b = a.to(dtype).float(), b.to(dtype).float()
+        got = emu.probe(probe, 384 + 128, torch.cat([a.flatten(), b.flatten()]))[384:]
+    assert torch.equal(got.view(16, 8), (a.double() @ b.double()).float())
+
+
+def test_copies_arrive_when_they_are_waited_for(emu: Emulator) -> None:
+    values = torch.randn(64)
+    data = emu.probe("copies", 208, values)
+    cut = torch.where((torch.arange(64) < 32) | (torch.arange(64) % 4 < 2), values, 0.0)
+    assert data[64:128].isnan().all()
+    assert torch.equal(data[128:192], cut)
+    assert data[192:].isnan().all()  # the second group was not waited for
+
+
+def test_votes(emu: Emulator) -> None:
+    assert torch.equal(emu.probe("votes", 32), torch.full((32,), float(0b1001001001001001)))
+
+
 def test_threads_run_in_a_seeded_random_order(emu: Emulator) -> None:
     def run(seed: int) -> torch.Tensor:
         emu.seed(seed)
@@ -338,6 +371,7 @@ def test_threads_run_in_a_seeded_random_order(emu: Emulator) -> None:
         ("unnamed_caller", "whose mask does not name it"),
         ("unnamed_source", "reads from one that the mask does not name"),
         ("shuffle_against_barrier", "16 threads wait at the barrier"),
+        ("copy_not_waited_for", "copies in flight"),
         ("too_many_threads", "invalid configuration"),
         ("no_blocks", "invalid configuration"),
         ("too_much_shared", "invalid configuration"),

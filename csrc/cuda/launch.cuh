@@ -57,10 +57,24 @@ inline unsigned int grid_for(int64_t tasks) {
   return static_cast<unsigned int>(tasks < limit ? tasks : limit);
 }
 
+// Streaming multiprocessors of a device.
+inline int multiprocessors(int device) {
+#ifdef __CUDACC__
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+#else
+  (void)device;
+  return emu::multiprocessors;
+#endif
+}
+
 template <typename... Params, typename... Args>
 inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, void* stream,
                    Args&&... args) {
 #ifdef __CUDACC__
+  if (smem > (48 << 10))  // more than that is given only to who asks
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), name);
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(std::forward<Args>(args)...);
   check(cudaGetLastError(), name);
 #else

@@ -2,7 +2,8 @@
 // FD_MUTATED(name) is the constant false in every build but the emulator's, where a test may select one mistake.
 #pragma once
 
-#define FD_MUTATIONS(X)                                                                  \
+// By family; each has a case in tests.
+#define FD_ADALN_MUTATIONS(X)                                                            \
   X(kSumBarrier)        /* block_sum reads other warps' sums without waiting for them */ \
   X(kSumTurn)           /* block_sum reuses one buffer: the next sum overwrites it */    \
   X(kShortShuffle)      /* a warp sum that stops one step early */                       \
@@ -13,10 +14,34 @@
   X(kStoreTail)         /* a vector stored beyond the end of the row */                  \
   X(kUnroundedResidual) /* the norm sees the residual before it was rounded */           \
   X(kChunkEnd)          /* a chunk adds the first token of the next one */               \
-  X(kPartBarrier)       /* the second stage starts its next tile too early */            \
-  X(kTermsBarrier)      /* coefficients read before they are there */                    \
-  X(kTermsReuse)        /* coefficients overwritten while still in use */                \
-  X(kUpdateTail)        /* elements after the last whole vector are forgotten */
+  X(kPartBarrier)       /* the second stage starts its next tile too early */
+
+#define FD_UPDATE_MUTATIONS(X)                                       \
+  X(kTermsBarrier) /* coefficients read before they are there */     \
+  X(kTermsReuse)   /* coefficients overwritten while still in use */ \
+  X(kUpdateTail)   /* elements after the last whole vector are forgotten */
+
+#define FD_GELU_MUTATIONS(X)
+
+#define FD_ATTENTION_MUTATIONS(X)
+
+#define FD_SCAN_MUTATIONS(X)
+
+#define FD_CONV_MUTATIONS(X)
+
+#define FD_GAUSSIAN_MUTATIONS(X)
+
+#define FD_SPECTRUM_MUTATIONS(X)
+
+#define FD_MUTATIONS(X)     \
+  FD_ADALN_MUTATIONS(X)     \
+  FD_UPDATE_MUTATIONS(X)    \
+  FD_GELU_MUTATIONS(X)      \
+  FD_ATTENTION_MUTATIONS(X) \
+  FD_SCAN_MUTATIONS(X)      \
+  FD_CONV_MUTATIONS(X)      \
+  FD_GAUSSIAN_MUTATIONS(X)  \
+  FD_SPECTRUM_MUTATIONS(X)
 
 namespace fastdiff {
 

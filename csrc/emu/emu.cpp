@@ -27,6 +27,7 @@ namespace emu {
 Position here;
 int mutation = 0;
 int64_t grid_limit = 0x7fffffff;
+int multiprocessors = 4;
 
 namespace {
 
@@ -43,6 +44,17 @@ struct Site {
   std::string text() const { return std::string(file) + ":" + std::to_string(line); }
 };
 
+struct Copy {
+  void* to;
+  std::vector<char> bytes;  // as they were when the copy was asked for
+};
+
+constexpr uint32_t kPoison = 0xffb1ffb1u;  // NaN as float32, as two float16 and as two bfloat16
+
+void poison(void* p, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) static_cast<char*>(p)[i] = reinterpret_cast<const char*>(&kPoison)[i % 4];
+}
+
 struct Fiber {
   ucontext_t context;
   char* stack = nullptr;
@@ -52,12 +64,15 @@ struct Fiber {
   Site site;          // where it waits
   unsigned mask = 0;  // of the collective it waits in
   int source = 0;
-  uint64_t value = 0;  // brought to, then taken from, the collective
+  uint64_t value = 0;                     // brought to, then taken from, the collective
+  size_t blob = 0;                        // bytes at `value`, for a gather
+  std::vector<std::vector<Copy>> copies;  // in flight: groups, the last of them still open
 };
 
 struct Warp {
   unsigned ready = 0;    // lanes
   unsigned waiting = 0;  // lanes in a collective
+  std::vector<unsigned char> gathered = std::vector<unsigned char>(kWarp * kBlob);
 };
 
 struct Scheduler {
@@ -132,6 +147,9 @@ void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &s.host_stack, &s.host_stack_size);
 #endif
   (*s.body)();
+  for (const auto& group : s.running->copies)
+    if (!group.empty()) s.fail("a thread returns with copies in flight");
+  s.running->copies.clear();
   s.running->state = kReturned;
   leave();
 }
@@ -154,6 +172,7 @@ void Scheduler::start(Fiber* f) {
   f->context.uc_link = nullptr;
   makecontext(&f->context, fiber_main, 0);
   f->fake_stack = nullptr;
+  f->copies.clear();
   set_ready(*f);
 }
 
@@ -185,8 +204,12 @@ void Scheduler::wait(State state, const Site& site) {
       if (f->mask >> i & 1) complete = lanes[i].mask == f->mask && lanes[i].site == f->site;
     if (complete) {
       uint64_t brought[kWarp];
-      for (int i = 0; i < kWarp; ++i)
-        if (f->mask >> i & 1) brought[i] = lanes[i].value;
+      for (int i = 0; i < kWarp; ++i) {
+        if ((f->mask >> i & 1) == 0) continue;
+        brought[i] = lanes[i].value;
+        if (lanes[i].blob > 0)
+          memcpy(&warp.gathered[i * kBlob], reinterpret_cast<const void*>(lanes[i].value), lanes[i].blob);
+      }
       warp.waiting &= ~f->mask;
       for (int i = 0; i < kWarp; ++i)
         if (f->mask >> i & 1) lanes[i].value = brought[lanes[i].source], set_ready(lanes[i]);
@@ -260,9 +283,7 @@ void* Scheduler::allocate_shared(const void* tag, size_t bytes) {
     entry = {malloc(bytes), bytes};
     if (entry.first == nullptr) abort();
     shared_bytes += bytes;
-    const uint32_t poison = 0xffb1ffb1u;  // NaN as float32, as two float16 and as two bfloat16
-    for (size_t i = 0; i < bytes; ++i)
-      static_cast<char*>(entry.first)[i] = reinterpret_cast<const char*>(&poison)[i % 4];
+    poison(entry.first, bytes);
   }
   return entry.first;
 }
@@ -310,6 +331,8 @@ void* shared(const void* tag, size_t bytes) {
 }
 void* dynamic_shared() { return scheduler().shared_arrays[nullptr].first; }
 
+void fault(const char* what) { scheduler().fail(what); }
+
 void syncthreads(const char* file, int line) { scheduler().wait(kAtBarrier, {file, line}); }
 
 uint64_t collective(unsigned mask, uint64_t value, int source, const char* file, int line) {
@@ -318,9 +341,50 @@ uint64_t collective(unsigned mask, uint64_t value, int source, const char* file,
   const Site site{file, line};
   if ((mask >> lane() & 1) == 0) s.fail("a lane calls a warp operation whose mask does not name it, at " + site.text());
   if ((mask >> source & 1) == 0) s.fail("a lane reads from one that the mask does not name, at " + site.text());
-  f->mask = mask, f->source = source, f->value = value;
+  f->mask = mask, f->source = source, f->value = value, f->blob = 0;
   s.wait(kAtCollective, site);
   return f->value;
+}
+
+const unsigned char* gather(unsigned mask, const void* mine, size_t bytes, const char* file, int line) {
+  Scheduler& s = scheduler();
+  Fiber* f = s.running;
+  if (bytes > kBlob) s.fail("a lane brings more than a gather takes");
+  if ((mask >> lane() & 1) == 0) s.fail("a lane calls a warp operation whose mask does not name it");
+  f->mask = mask, f->source = lane(), f->value = reinterpret_cast<uint64_t>(mine), f->blob = bytes;
+  s.wait(kAtCollective, {file, line});
+  return s.warps[s.index(*f) / kWarp].gathered.data();
+}
+
+unsigned ballot(unsigned mask, int predicate, const char* file, int line) {
+  const unsigned char* all = gather(mask, &predicate, sizeof predicate, file, line);
+  unsigned found = 0;
+  for (int i = 0; i < kWarp; ++i)
+    if ((mask >> i & 1) != 0 && all[i * kBlob] != 0) found |= 1u << i;
+  return found;
+}
+
+void copy_async(void* to, const void* from, size_t bytes, size_t valid) {
+  auto& groups = scheduler().running->copies;
+  if (groups.empty()) groups.emplace_back();
+  std::vector<char> values(bytes);
+  if (valid > 0) memcpy(values.data(), from, valid);
+  poison(to, bytes);
+  groups.back().push_back({to, std::move(values)});
+}
+
+void commit_copies() {
+  auto& groups = scheduler().running->copies;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+void wait_copies(int groups_left) {
+  auto& groups = scheduler().running->copies;
+  while (static_cast<int>(groups.size()) > groups_left + 1) {  // the open group is never waited for
+    for (const Copy& c : groups.front()) memcpy(c.to, c.bytes.data(), c.bytes.size());
+    groups.erase(groups.begin());
+  }
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) {
@@ -360,6 +424,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::f
 FD_EXPORT void emu_seed(uint64_t value) { fastdiff::emu::seed(value); }
 FD_EXPORT void emu_lockstep(int on) { fastdiff::emu::set_lockstep(on != 0); }
 FD_EXPORT void emu_grid_limit(int64_t blocks) { fastdiff::emu::grid_limit = blocks; }
+FD_EXPORT void emu_multiprocessors(int count) { fastdiff::emu::multiprocessors = count; }
 FD_EXPORT int64_t emu_switches() { return fastdiff::emu::switches(); }
 FD_EXPORT void emu_mutate(int mutation) { fastdiff::emu::mutation = mutation; }
 FD_EXPORT const char* emu_mutations() {  // their names, from number 1 on

@@ -33,12 +33,31 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+// Loads and stores with a caching hint.
 template <typename T>
 inline T __ldg(const T* p) {
   return *p;
 }
+template <typename T>
+inline T __ldcs(const T* p) {
+  return *p;
+}
+template <typename T>
+inline void __stcs(T* p, T v) {
+  *p = v;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
@@ -55,8 +74,9 @@ struct Position {
 };
 extern Position here;
 
-extern int mutation;        // the deliberate mistake in force (csrc/cuda/mutate.cuh)
-extern int64_t grid_limit;  // blocks per launch, so that a test can make a grid loop
+extern int mutation;         // the deliberate mistake in force (csrc/cuda/mutate.cuh)
+extern int64_t grid_limit;   // blocks per launch, so that a test can make a grid loop
+extern int multiprocessors;  // that the device is said to have
 
 void seed(uint64_t value);   // of the schedule; FASTDIFF_EMU_SEED sets the first
 void set_lockstep(bool on);  // threads in index order instead of random order: what a naive emulator would do
@@ -72,9 +92,22 @@ void* dynamic_shared();
 
 void syncthreads(const char* file, int line);
 
+void fault(const char* what);  // ends the launch with an error
+
 // Meets all lanes of `mask`, which must call with the same mask and site, and returns what lane `source` brought.
 // `source` must be one of them.
 uint64_t collective(unsigned mask, uint64_t value, int source, const char* file, int line);
+
+// Meets all lanes of `mask` and returns what each of them brought: lane i's `bytes` bytes (at most kBlob) are at
+// i * kBlob, as they were when it came, until the lane's next call.
+constexpr size_t kBlob = 64;
+const unsigned char* gather(unsigned mask, const void* mine, size_t bytes, const char* file, int line);
+
+// Copies from global to shared memory that are done some time before the thread waits for their group: until then the
+// destination holds NaN. Bytes of the destination from `valid` on become zero.
+void copy_async(void* to, const void* from, size_t bytes, size_t valid);
+void commit_copies();
+void wait_copies(int groups_left);
 
 template <typename T>
 T exchange(unsigned mask, T value, int source, const char* file, int line) {
@@ -85,6 +118,8 @@ T exchange(unsigned mask, T value, int source, const char* file, int line) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+unsigned ballot(unsigned mask, int predicate, const char* file, int line);
 
 inline int lane() {
   return static_cast<int>((here.thread.x + here.block_dim.x * (here.thread.y + here.block_dim.y * here.thread.z)) % 32);
@@ -102,6 +137,9 @@ inline int inside(int source) { return source >= 0 && source < 32 ? source : lan
 
 #define __syncthreads() ::fastdiff::emu::syncthreads(__FILE__, __LINE__)
 #define __syncwarp() ((void)::fastdiff::emu::collective(0xffffffffu, 0, ::fastdiff::emu::lane(), __FILE__, __LINE__))
+#define __ballot_sync(mask, predicate) ::fastdiff::emu::ballot(mask, (predicate) ? 1 : 0, __FILE__, __LINE__)
+#define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
+#define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == (mask))
 #define __shfl_sync(mask, v, source) ::fastdiff::emu::exchange(mask, v, (source) & 31, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, v, bits) \
   ::fastdiff::emu::exchange(mask, v, ::fastdiff::emu::lane() ^ (bits), __FILE__, __LINE__)

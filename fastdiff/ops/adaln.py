@@ -357,23 +357,24 @@ def _forward(
     rstd: torch.Tensor | None = None,
 ) -> None:
     B, N, D = _sizes(op, x)
-    device = x.get_device()
+    where = x.get_device()
+    device, stream = _native.place(x)
     ext = _native.extension
     ext.adaln_forward(  # type: ignore[union-attr]
         device,
-        _native.stream(device) if device >= 0 else 0,
+        stream,
         B,
         N,
         D,
         rms,
         eps,
         (x.data_ptr(), _CODES[x.dtype], *x.stride()),
-        None if branch is None else _view(op, "branch", branch, B, N, D, device),
-        None if gate is None else _view(op, "gate", gate, B, N, D, device),
-        None if shift is None else _view(op, "shift", shift, B, N, D, device),
-        None if scale is None else _view(op, "scale", scale, B, N, D, device),
-        None if weight is None else _view(op, "weight", weight, B, N, D, device),
-        None if bias is None else _view(op, "bias", bias, B, N, D, device),
+        None if branch is None else _view(op, "branch", branch, B, N, D, where),
+        None if gate is None else _view(op, "gate", gate, B, N, D, where),
+        None if shift is None else _view(op, "shift", shift, B, N, D, where),
+        None if scale is None else _view(op, "scale", scale, B, N, D, where),
+        None if weight is None else _view(op, "weight", weight, B, N, D, where),
+        None if bias is None else _view(op, "bias", bias, B, N, D, where),
         None if residual is None else _out_view(residual),
         None if y is None else _out_view(y),
         0 if mean is None else mean.data_ptr(),
@@ -471,7 +472,8 @@ def _backward(
     """Gradients of (x, branch, gate, shift, scale, weight, bias) where `need` says so, in that order."""
     op = "adaln_backward"
     B, N, D = _sizes(op, r)
-    device = r.get_device()
+    where = r.get_device()
+    device, stream = _native.place(r)
     outputs = _backward_outputs(r, branch, gate, shift, scale, weight, bias, need)
     workspace = []
 
@@ -495,19 +497,19 @@ def _backward(
     ext = _native.extension
     ext.adaln_backward(  # type: ignore[union-attr]
         device,
-        _native.stream(device) if device >= 0 else 0,
+        stream,
         B,
         N,
         D,
         rms,
         _out_view(r),
-        None if branch is None else _view(op, "branch", branch, B, N, D, device),
-        None if gate is None else _view(op, "gate", gate, B, N, D, device),
-        None if scale is None else _view(op, "scale", scale, B, N, D, device),
-        None if weight is None else _view(op, "weight", weight, B, N, D, device),
-        None if bias is None else _view(op, "bias", bias, B, N, D, device),
-        None if grad_y is None else _view(op, "grad_y", grad_y, B, N, D, device),
-        None if grad_residual is None else _view(op, "grad_residual", grad_residual, B, N, D, device),
+        None if branch is None else _view(op, "branch", branch, B, N, D, where),
+        None if gate is None else _view(op, "gate", gate, B, N, D, where),
+        None if scale is None else _view(op, "scale", scale, B, N, D, where),
+        None if weight is None else _view(op, "weight", weight, B, N, D, where),
+        None if bias is None else _view(op, "bias", bias, B, N, D, where),
+        None if grad_y is None else _view(op, "grad_y", grad_y, B, N, D, where),
+        None if grad_residual is None else _view(op, "grad_residual", grad_residual, B, N, D, where),
         0 if mean is None else mean.data_ptr(),
         0 if rstd is None else rstd.data_ptr(),
         None if outputs[0] is None else _out_view(outputs[0]),

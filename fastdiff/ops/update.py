@@ -405,12 +405,12 @@ def _update_out(  # type: ignore[no-untyped-def]
 
 def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) -> None:
     B, M, operands, arguments = _operands(terms, values, tables, rule, out)
-    device = out.get_device()
+    device, stream = _native.place(out)
     if M:
         ext = _native.extension
         ext.update(  # type: ignore[union-attr]
             device,
-            _native.stream(device) if device >= 0 else 0,
+            stream,
             B,
             M,
             tuple([(t.data_ptr(), _CODES[t.dtype]) for t in operands]),
@@ -477,12 +477,12 @@ def _backward(  # type: ignore[no-untyped-def]
     like = _new_like(grad)
     B, M, (grad, *terms), arguments = _operands([grad, *terms], values, tables, rule, like)
     grads = [None if code < 0 else torch.empty_like(like, dtype=_DTYPES[code]) for code in wanted]
-    device = grad.get_device()
+    device, stream = _native.place(grad)
     if M:
         ext = _native.extension
         ext.update_backward(  # type: ignore[union-attr]
             device,
-            _native.stream(device) if device >= 0 else 0,
+            stream,
             B,
             M,
             tuple((t.data_ptr(), _CODES[t.dtype]) for t in terms) or tuple((0, max(code, 0)) for code in wanted),

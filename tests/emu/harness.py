@@ -5,6 +5,7 @@ The references are written here from the formulas, in float64, and share nothing
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -15,11 +16,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from fastdiff import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZE = os.environ.get("FASTDIFF_EMU_SANITIZE", "")  # e.g. address,undefined (run_sanitized.sh)
@@ -78,10 +82,28 @@ class Emulator:
         self.seed(int(os.environ.get("FASTDIFF_EMU_SEED", "0")))
         self.lockstep(False)
         self.grid_limit(0x7FFFFFFF)
+        self.multiprocessors(4)
         self.mutate(None)
 
-    def probe(self, name: str, size: int) -> torch.Tensor:
+    def multiprocessors(self, count: int) -> None:
+        """That the device is said to have."""
+        self.library.emu_multiprocessors(count)
+
+    @contextlib.contextmanager
+    def operators(self) -> Iterator[None]:
+        """fastdiff's operators on CPU tensors run the emulated CUDA kernels, and fresh tensors hold NaN."""
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            with _native.emulate(self.kernels):
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    def probe(self, name: str, size: int, values: torch.Tensor | None = None) -> torch.Tensor:
         data, message = torch.zeros(size), ctypes.create_string_buffer(4096)
+        if values is not None:
+            data[: values.numel()] = values.flatten()
         status = self.library.fastdiff_probe(name.encode(), ctypes.c_void_p(data.data_ptr()), message, 4096)
         if status == 1:
             raise RuntimeError(message.value.decode())

@@ -1,7 +1,9 @@
 // Small kernels, right and wrong, that test the emulator itself (tests/test_emulator.py calls them through ctypes).
 #include <cstdio>
+#include <type_traits>
 
-#include "../../csrc/cuda/launch.cuh"
+#include "../../csrc/cuda/async.cuh"
+#include "../../csrc/cuda/mma.cuh"
 
 namespace fastdiff {
 namespace {
@@ -47,7 +49,64 @@ __global__ void racy_chain(float* data) {
   data[threadIdx.x] = threadIdx.x == 0 ? 0.0f : chain[threadIdx.x - 1];
 }
 
+// data: A [16, 16], B [16, 8], then D [16, 8]. The operands go through shared memory and ldmatrix.
+template <bool kBf16>
+__global__ void product_16(float* data) {
+  using T = std::conditional_t<kBf16, bf16, f16>;
+  FD_SHARED(T, a, 16 * 16);
+  FD_SHARED(T, b, 16 * 8);
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) a[i] = from_float<T>(data[i]);
+  for (int i = lane; i < 128; i += 32) b[i] = from_float<T>(data[256 + i]);
+  __syncwarp();
+  uint32_t fa[4], fb[2], twice[2], single[1], turned[1];
+  cuda::load_matrices<4>(fa, a + 16 * (lane % 16) + 8 * (lane / 16));
+  cuda::load_matrices<2, true>(fb, b + 8 * (lane % 16));
+  cuda::load_matrices<2>(twice, a + 16 * (lane % 16));
+  cuda::load_matrices<1>(single, a + 16 * (lane % 8) + 8);
+  cuda::load_matrices<1, true>(turned, b + 8 * (lane % 8));
+  float d[4] = {};
+  cuda::mma_16<kBf16>(d, fa, fb);
+  const bool same = twice[0] == fa[0] && twice[1] == fa[1] && single[0] == fa[2] && turned[0] == fb[0];
+  for (int i = 0; i < 4; ++i) data[384 + 8 * (lane / 4 + i / 2 * 8) + 2 * (lane % 4) + i % 2] = same ? d[i] : -1.0f;
+}
+
+// data: A [16, 8], B [8, 8], then D [16, 8].
+__global__ void product_tf32(float* data) {
+  const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+  uint32_t a[4], b[2];
+  for (int i = 0; i < 4; ++i) a[i] = cuda::to_tf32(data[8 * (g + i % 2 * 8) + t + i / 2 * 4]);
+  for (int i = 0; i < 2; ++i) b[i] = cuda::to_tf32(data[128 + 8 * (t + 4 * i) + g]);
+  float d[4] = {};
+  cuda::mma_tf32(d, a, b);
+  for (int i = 0; i < 4; ++i) data[192 + 8 * (g + i / 2 * 8) + 2 * t + i % 2] = d[i];
+}
+
+// data: [64] to copy; then what is seen before the copy is waited for, and after; the second half is cut to 8 bytes.
+__global__ void copies(float* data) {
+  FD_SHARED_DYNAMIC(float, to);
+  const int i = 4 * threadIdx.x;
+  cuda::copy_async<16>(to + i, data + i, i < 32 ? 16 : 8);
+  cuda::commit_copies();
+  cuda::copy_async<4>(to + 64 + threadIdx.x, data);
+  cuda::commit_copies();
+  for (int k = 0; k < 4; ++k) data[64 + i + k] = to[i + k];
+  cuda::wait_copies<1>();
+  for (int k = 0; k < 4; ++k) data[128 + i + k] = to[i + k];
+  data[192 + threadIdx.x] = to[64 + threadIdx.x];
+  cuda::wait_copies<0>();
+}
+
+__global__ void votes(float* data) {
+  data[threadIdx.x] = static_cast<float>(__ballot_sync(0xffffffffu, threadIdx.x % 3 == 0) & 0xffffu);
+}
+
 // ------------------------------------------------------------------------------------------------- wrong kernels
+
+__global__ void copy_not_waited_for(float* data) {
+  FD_SHARED(float, to, 32);
+  cuda::copy_async<4>(to + threadIdx.x, data + threadIdx.x);
+}
 
 __global__ void return_before_barrier(float* data) {
   if (threadIdx.x == 5) return;
@@ -105,6 +164,12 @@ const Probe kProbes[] = {
     {"positions", positions, dim3(3, 2), dim3(4, 3, 2), 0},
     {"unwritten_shared", unwritten_shared, 2, 32, 0},
     {"racy_chain", racy_chain, 1, 64, 0},
+    {"product_bf16", product_16<true>, 1, 32, 0},
+    {"product_f16", product_16<false>, 1, 32, 0},
+    {"product_tf32", product_tf32, 1, 32, 0},
+    {"copies", copies, 1, 16, 80 * sizeof(float)},
+    {"votes", votes, 1, 32, 0},
+    {"copy_not_waited_for", copy_not_waited_for, 1, 32, 0},
     {"return_before_barrier", return_before_barrier, 1, 64, 0},
     {"different_barriers", different_barriers, 1, 64, 0},
     {"absent_lane", absent_lane, 1, 32, 0},
