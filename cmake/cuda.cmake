@@ -2,6 +2,7 @@
 # Sets FASTDIFF_CUDA_ENABLED, FASTDIFF_CUDA_ARCHS_USED, cuda_objects.
 set(cuda_kernels
     csrc/cuda/adaln.cu
+    csrc/cuda/attention_sm90.cu
     csrc/cuda/update.cu)
 set(FASTDIFF_CUDA_ENABLED OFF)
 set(FASTDIFF_CUDA_ARCHS_USED "")

@@ -79,6 +79,7 @@ def test_bits_do_not_depend_on_the_schedule_or_the_grid(emu: Emulator, name: str
 def noticed(emu: Emulator, case: mistakes.Case, seed: int) -> bool:
     emu.seed(seed)
     emu.grid_limit(case.grid)
+    emu.hopper(case.hopper)
     args, kwargs = case.make()
     expected = _check.expect(SPECS[case.op], args, kwargs, gradients=case.backward)
     try:

@@ -336,6 +336,28 @@ def test_tensor_core_products(emu: Emulator, probe: str, depth: int, dtype: torc
     assert torch.equal(got.view(16, 8), (a.double() @ b.double()).float())
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hopper_products_and_copies(emu: Emulator, seed: int) -> None:
+    emu.seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    k, p = torch.randn(40, 72, generator=g).bfloat16(), torch.randn(64, 16, generator=g).bfloat16()
+    start = k.numel() + p.numel()
+    data = emu.probe("hopper_products", start + 64 * (64 + 72), torch.cat([k.flatten(), p.flatten()]).float())
+    k = torch.cat([k.double(), torch.zeros(24, 72)])
+    scores, results = data[start:].split([64 * 64, 64 * 72])
+    torch.testing.assert_close(scores.view(64, 64).double(), k @ k.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results.view(64, 72).double(), p.double() @ k[:16], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_cluster_see_each_other(emu: Emulator, seed: int) -> None:
+    emu.seed(seed)
+    block = torch.arange(8)
+    other = block // 4 * 4 + (block + 1) % 4
+    want = 100.0 * other[:, None] + torch.arange(32)
+    assert torch.equal(emu.probe("around_the_cluster", 256), want.flatten())
+
+
 def test_copies_arrive_when_they_are_waited_for(emu: Emulator) -> None:
     values = torch.randn(64)
     data = emu.probe("copies", 208, values)
@@ -372,6 +394,11 @@ def test_threads_run_in_a_seeded_random_order(emu: Emulator) -> None:
         ("unnamed_source", "reads from one that the mask does not name"),
         ("shuffle_against_barrier", "16 threads wait at the barrier"),
         ("copy_not_waited_for", "copies in flight"),
+        ("product_not_waited_for", "products in flight"),
+        ("phase_that_never_ends", "32 threads wait for a phase"),
+        ("barrier_of_too_few", "31 threads wait for a phase or named barrier"),
+        ("half_a_cluster", "32 threads wait for the cluster"),
+        ("uneven_clusters", "invalid configuration"),
         ("too_many_threads", "invalid configuration"),
         ("no_blocks", "invalid configuration"),
         ("too_much_shared", "invalid configuration"),

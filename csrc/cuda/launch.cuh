@@ -83,8 +83,32 @@ inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
 #endif
 }
 
+// The same in clusters of blocks (sm_90 and later), neighbours along x: csrc/cuda/cluster.cuh.
+template <typename... Params, typename... Args>
+inline void launch_cluster(const char* name, void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t smem,
+                           void* stream, Args&&... args) {
+#ifdef __CUDACC__
+  if (smem > (48 << 10))
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), name);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, Params(std::forward<Args>(args))...), name);
+#else
+  (void)stream;
+  emu::launch(name, grid, block, smem, [&] { kernel(args...); }, cluster);
+#endif
+}
+
 // FD_LAUNCH((kernel<8, 1>), grid, block, dynamic shared memory bytes, stream, arguments...)
 #define FD_LAUNCH(kernel, ...) ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__)
+// FD_LAUNCH_CLUSTER((kernel<8, 1>), blocks of a cluster, grid, ...)
+#define FD_LAUNCH_CLUSTER(kernel, ...) ::fastdiff::cuda::launch_cluster(#kernel, &kernel, __VA_ARGS__)
 
 // row = b * N + n. The 64-bit division (some hundred instructions) only where it is needed.
 FD_D void split(int64_t row, int64_t N, int64_t* b, int64_t* n) {

@@ -25,6 +25,13 @@
 
 #define FD_ATTENTION_MUTATIONS(X)
 
+#define FD_HOPPER_MUTATIONS(X)                                \
+  X(kHopperInit)   /* barriers used before they are made */   \
+  X(kHopperEmpty)  /* keys overwritten while they are read */ \
+  X(kHopperFull)   /* values read before they are there */    \
+  X(kHopperWait)   /* results touched while products run */   \
+  X(kHopperShrink) /* sums not shrunk when the maximum grows */
+
 #define FD_SCAN_MUTATIONS(X)
 
 #define FD_CONV_MUTATIONS(X)
@@ -38,6 +45,7 @@
   FD_UPDATE_MUTATIONS(X)    \
   FD_GELU_MUTATIONS(X)      \
   FD_ATTENTION_MUTATIONS(X) \
+  FD_HOPPER_MUTATIONS(X)    \
   FD_SCAN_MUTATIONS(X)      \
   FD_CONV_MUTATIONS(X)      \
   FD_GAUSSIAN_MUTATIONS(X)  \

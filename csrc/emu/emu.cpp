@@ -28,6 +28,7 @@ Position here;
 int mutation = 0;
 int64_t grid_limit = 0x7fffffff;
 int multiprocessors = 4;
+bool hopper = false;
 
 namespace {
 
@@ -35,7 +36,7 @@ constexpr size_t kStack = 256 << 10;
 constexpr int kWarp = 32;
 constexpr size_t kSharedLimit = 227 << 10;  // of one block on sm_90
 
-enum State { kReady, kAtBarrier, kAtCollective, kReturned };
+enum State { kReady, kAtBarrier, kAtClusterBarrier, kAtCollective, kAtCondition, kReturned };
 
 struct Site {
   const char* file = "";
@@ -55,11 +56,19 @@ void poison(void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) static_cast<char*>(p)[i] = reinterpret_cast<const char*>(&kPoison)[i % 4];
 }
 
+struct Product {
+  float* d;
+  std::vector<float> sum;  // the accumulators that nobody may look at yet
+  std::function<void(float*)> compute;
+  bool done;
+};
+
 struct Fiber {
   ucontext_t context;
   char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
-  dim3 thread;
+  dim3 thread, block;
+  int rank = 0;  // of its block in the cluster
   State state = kReady;
   Site site;          // where it waits
   unsigned mask = 0;  // of the collective it waits in
@@ -67,6 +76,8 @@ struct Fiber {
   uint64_t value = 0;                     // brought to, then taken from, the collective
   size_t blob = 0;                        // bytes at `value`, for a gather
   std::vector<std::vector<Copy>> copies;  // in flight: groups, the last of them still open
+  std::vector<std::vector<Product>> products;
+  std::function<bool()> condition;
 };
 
 struct Warp {
@@ -83,15 +94,21 @@ struct Scheduler {
 
   std::vector<Fiber> fibers;  // grown as needed, never shrunk: stacks are reused
   std::vector<Warp> warps;
-  int threads = 0;  // of the current block
+  int threads = 0;  // of a block
+  int blocks = 1;   // that run together: a cluster
   Fiber* running = nullptr;
   ucontext_t host;
   const void* host_stack = nullptr;
   size_t host_stack_size = 0;
   const std::function<void()>* body = nullptr;
+  std::string kernel;  // launched last
   std::string error;
-  std::map<const void*, std::pair<void*, size_t>> shared_arrays;
-  size_t shared_bytes = 0;
+  std::vector<std::function<void()>> boxes;  // copies of the copy engine in flight
+  int at_condition = 0;                      // fibers
+  // By rank and number of the barrier: threads there, how often it was passed.
+  std::map<std::pair<int, int>, std::pair<int, int>> meeting;
+  std::map<std::pair<int, const void*>, std::pair<void*, size_t>> shared_arrays;  // by rank and tag
+  std::vector<size_t> shared_bytes;                                               // by rank
 
   Scheduler() {
     const char* text = getenv("FASTDIFF_EMU_SEED");
@@ -112,17 +129,24 @@ struct Scheduler {
   int index(const Fiber& f) const { return static_cast<int>(&f - fibers.data()); }
   void set_ready(Fiber& f) { f.state = kReady, warps[index(f) / kWarp].ready |= 1u << index(f) % kWarp; }
 
-  void* allocate_shared(const void* tag, size_t bytes);
+  int first(int rank) const { return rank * ((threads + kWarp - 1) / kWarp * kWarp); }  // fiber of a block
+  template <typename F>
+  void each(F f) {  // f(fiber) for every thread
+    for (int rank = 0; rank < blocks; ++rank)
+      for (int i = 0; i < threads; ++i) f(fibers[first(rank) + i]);
+  }
+  void* allocate_shared(int rank, const void* tag, size_t bytes);
   void free_shared();
   void start(Fiber* f);
   void resume(Fiber* f);
   void wait(State state, const Site& site);
   void fail(const std::string& what);
   void run_ready();
+  bool look_around();
   void run_warp(int warp, int burst);
   void release_barrier();
-  std::string who_waits() const;
-  void run_block();
+  std::string who_waits();
+  void run_cluster(const std::vector<dim3>& positions);
 };
 
 Scheduler& scheduler() {
@@ -150,6 +174,9 @@ void fiber_main() {
   for (const auto& group : s.running->copies)
     if (!group.empty()) s.fail("a thread returns with copies in flight");
   s.running->copies.clear();
+  for (const auto& group : s.running->products)
+    if (!group.empty()) s.fail("a thread returns with products in flight");
+  s.running->products.clear();
   s.running->state = kReturned;
   leave();
 }
@@ -173,13 +200,14 @@ void Scheduler::start(Fiber* f) {
   makecontext(&f->context, fiber_main, 0);
   f->fake_stack = nullptr;
   f->copies.clear();
+  f->products.clear();
   set_ready(*f);
 }
 
 void Scheduler::resume(Fiber* f) {
   ++switches;
   running = f;
-  here.thread = f->thread;
+  here.thread = f->thread, here.block = f->block;
   warps[index(*f) / kWarp].ready &= ~(1u << index(*f) % kWarp);
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
@@ -250,39 +278,71 @@ void Scheduler::run_ready() {
   if (!candidates.empty()) run_warp(candidates[draw(static_cast<uint32_t>(candidates.size()))], 1 + draw(4 * kWarp));
 }
 
-std::string Scheduler::who_waits() const {
+std::string Scheduler::who_waits() {
   std::map<std::string, int> groups;
-  for (int i = 0; i < threads; ++i) {
-    const Fiber& f = fibers[i];
+  each([&](const Fiber& f) {
     char mask[16];
     snprintf(mask, sizeof mask, "%08x", f.mask);
     if (f.state == kReturned)
       ++groups["have returned"];
     else if (f.state == kAtBarrier)
       ++groups["wait at the barrier " + f.site.text()];
+    else if (f.state == kAtClusterBarrier)
+      ++groups["wait for the cluster at " + f.site.text()];
+    else if (f.state == kAtCondition)
+      ++groups["wait for a phase or named barrier at " + f.site.text()];
     else
       ++groups["wait in a warp operation for lanes " + std::string(mask) + " at " + f.site.text()];
-  }
+  });
   std::string text;
   for (const auto& g : groups) text += (text.empty() ? "" : ", ") + std::to_string(g.second) + " threads " + g.first;
   return text;
 }
 
 void Scheduler::release_barrier() {
-  for (int i = 0; i < threads; ++i)
-    if (fibers[i].state != kAtBarrier || !(fibers[i].site == fibers[0].site)) {
-      error = "threads wait for each other for ever: " + who_waits();
-      return;
-    }
-  for (int i = 0; i < threads; ++i) set_ready(fibers[i]);
+  bool released = false;
+  for (int rank = 0; rank < blocks; ++rank) {
+    Fiber* const block = &fibers[first(rank)];
+    bool all = true;
+    for (int i = 0; i < threads; ++i) all = all && block[i].state == kAtBarrier && block[i].site == block[0].site;
+    if (!all) continue;
+    for (int i = 0; i < threads; ++i) set_ready(block[i]);
+    released = true;
+  }
+  bool together = true;
+  each([&](const Fiber& f) { together = together && f.state == kAtClusterBarrier && f.site == fibers[0].site; });
+  if (together) each([&](Fiber& f) { set_ready(f); });
+  if (!released && !together) error = "threads wait for each other for ever: " + who_waits();
 }
 
-void* Scheduler::allocate_shared(const void* tag, size_t bytes) {
-  auto& entry = shared_arrays[tag];
+// Lets copies arrive, and wakes the threads whose condition holds. False: nothing has changed.
+bool Scheduler::look_around() {
+  bool changed = false;
+  bool idle = true;
+  for (const Warp& w : warps) idle = idle && w.ready == 0;
+  if (!boxes.empty() && (idle || draw(4) == 0)) {
+    const size_t i = lockstep ? 0 : draw(static_cast<uint32_t>(boxes.size()));
+    const std::function<void()> copy = std::move(boxes[i]);
+    boxes.erase(boxes.begin() + static_cast<std::ptrdiff_t>(i));
+    copy();
+    changed = true;
+  }
+  if (at_condition == 0) return changed;
+  each([&](Fiber& f) {
+    if (f.state != kAtCondition || !f.condition()) return;
+    --at_condition, changed = true;
+    set_ready(f);
+  });
+  return changed;
+}
+
+void* Scheduler::allocate_shared(int rank, const void* tag, size_t bytes) {
+  auto& entry = shared_arrays[{rank, tag}];
   if (entry.first == nullptr) {
-    entry = {malloc(bytes), bytes};
-    if (entry.first == nullptr) abort();
-    shared_bytes += bytes;
+    // As aligned as the widest swizzle pattern, at its exact size.
+    if (posix_memalign(&entry.first, 1024, bytes) != 0) abort();
+    entry.second = bytes;
+    shared_bytes[rank] += bytes;
     poison(entry.first, bytes);
   }
   return entry.first;
@@ -290,28 +350,35 @@ void* Scheduler::allocate_shared(const void* tag, size_t bytes) {
 
 void Scheduler::free_shared() {
   for (auto& entry : shared_arrays) free(entry.second.first);
-  shared_arrays.clear(), shared_bytes = 0;
+  shared_arrays.clear();
 }
 
-void Scheduler::run_block() {
-  warps.assign((threads + kWarp - 1) / kWarp, Warp());
-  for (int i = 0; i < threads; ++i) {
-    const dim3& d = here.block_dim;
-    fibers[i].thread = dim3(i % d.x, i / d.x % d.y, i / d.x / d.y);
-    start(&fibers[i]);
-  }
+void Scheduler::run_cluster(const std::vector<dim3>& positions) {
+  warps.assign(first(blocks) / kWarp, Warp());
+  for (int rank = 0; rank < blocks; ++rank)
+    for (int i = 0; i < threads; ++i) {
+      const dim3& d = here.block_dim;
+      Fiber& f = fibers[first(rank) + i];
+      f.thread = dim3(i % d.x, i / d.x % d.y, i / d.x / d.y);
+      f.block = positions[rank], f.rank = rank;
+      start(&f);
+    }
   const auto any = [&](auto test) {
     for (const Warp& w : warps)
       if (test(w)) return true;
     return false;
   };
+  at_condition = 0;
+  meeting.clear(), boxes.clear();
   while (error.empty()) {
+    const bool changed = look_around();
     if (any([](const Warp& w) { return w.ready != 0; })) {
       run_ready();
       continue;
     }
+    if (changed) continue;
     bool done = true;
-    for (int i = 0; i < threads; ++i) done = done && fibers[i].state == kReturned;
+    each([&](const Fiber& f) { done = done && f.state == kReturned; });
     if (done) break;
     release_barrier();
   }
@@ -322,14 +389,35 @@ void Scheduler::run_block() {
 void seed(uint64_t value) { scheduler().random = value; }
 void set_lockstep(bool on) { scheduler().lockstep = on; }
 int64_t switches() { return scheduler().switches; }
+const char* last_kernel() { return scheduler().kernel.c_str(); }
 
 void* shared(const void* tag, size_t bytes) {
   Scheduler& s = scheduler();
-  void* p = s.allocate_shared(tag, bytes);
-  if (s.shared_bytes > kSharedLimit) s.fail("a block uses more shared memory than there is");
+  const int rank = s.running->rank;
+  void* p = s.allocate_shared(rank, tag, bytes);
+  if (s.shared_bytes[rank] > kSharedLimit) s.fail("a block uses more shared memory than there is");
   return p;
 }
-void* dynamic_shared() { return scheduler().shared_arrays[nullptr].first; }
+void* dynamic_shared() {
+  Scheduler& s = scheduler();
+  return s.shared_arrays[{s.running->rank, nullptr}].first;
+}
+
+int cluster_rank() { return scheduler().running->rank; }
+void cluster_sync(const char* file, int line) { scheduler().wait(kAtClusterBarrier, {file, line}); }
+
+void* shared_of(const void* mine, int rank) {
+  Scheduler& s = scheduler();
+  if (rank < 0 || rank >= s.blocks) s.fail("a block of the cluster that is not there");
+  for (const auto& entry : s.shared_arrays) {
+    const char* const base = static_cast<const char*>(entry.second.first);
+    const char* const p = static_cast<const char*>(mine);
+    if (entry.first.first != s.running->rank || p < base || p >= base + entry.second.second) continue;
+    return static_cast<char*>(s.allocate_shared(rank, entry.first.second, entry.second.second)) + (p - base);
+  }
+  s.fail("shared memory of another block is sought by an address that is not in this one's");
+  return nullptr;
+}
 
 void fault(const char* what) { scheduler().fail(what); }
 
@@ -387,31 +475,173 @@ void wait_copies(int groups_left) {
   }
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body) {
+namespace {
+
+// Of an mbarrier, packed into its 8 bytes.
+struct Phase {
+  uint16_t arrivals, missing;
+  int32_t bytes : 31;
+  uint32_t parity : 1;
+};
+static_assert(sizeof(Phase) == 8, "an mbarrier has 8 bytes");
+
+Phase read_phase(const void* barrier) {
+  Phase p;
+  memcpy(&p, barrier, sizeof p);
+  return p;
+}
+void write_phase(void* barrier, Phase p) {
+  if (p.missing == 0 && p.bytes == 0) p.missing = p.arrivals, p.parity ^= 1u;
+  memcpy(barrier, &p, sizeof p);
+}
+
+void wait_until(std::function<bool()> condition, const char* file, int line) {
+  Scheduler& s = scheduler();
+  if (condition() && s.draw(2) == 0) return;  // otherwise others may run first
+  s.running->condition = std::move(condition);
+  ++s.at_condition;
+  s.wait(kAtCondition, {file, line});
+}
+
+}  // namespace
+
+void init_barrier(void* barrier, int arrivals) {
+  const auto n = static_cast<uint16_t>(arrivals);
+  const Phase p = {n, n, 0, 0};
+  memcpy(barrier, &p, sizeof p);
+}
+
+void arrive(void* barrier, int bytes_to_come) {
+  Phase p = read_phase(barrier);
+  if (p.missing == 0) fault("more threads arrive at a barrier than it was made for");
+  --p.missing, p.bytes += bytes_to_come;
+  write_phase(barrier, p);
+}
+
+void wait_phase(const void* barrier, int parity, const char* file, int line) {
+  wait_until([=] { return read_phase(barrier).parity != static_cast<uint32_t>(parity); }, file, line);
+}
+
+void named_barrier(int number, int threads, const char* file, int line) {
+  auto& place = scheduler().meeting[{scheduler().running->rank, number}];
+  const int passed = place.second;
+  if (++place.first == threads) {
+    place.first = 0, ++place.second;
+    return;
+  }
+  wait_until([&place, passed] { return place.second != passed; }, file, line);
+}
+
+uintptr_t swizzled(uintptr_t address, int span) {
+  return span == 0 ? address : address ^ ((address >> 7 & (span / 16 - 1)) << 4);
+}
+
+void copy_box(const TensorMap& map, void* to, void* barrier, const int* at) {
+  int64_t rows = 1;
+  for (int i = 1; i < map.rank; ++i) rows *= map.box[i];
+  const size_t row_bytes = 2 * static_cast<size_t>(map.box[0]);
+  poison(to, row_bytes * rows);
+  int64_t start[5];
+  for (int i = 0; i < map.rank; ++i) start[i] = at[i];
+  scheduler().boxes.push_back([=] {
+    for (int64_t row = 0; row < rows; ++row) {
+      int64_t rest = row, offset = 0;
+      bool inside = true;
+      for (int i = 1; i < map.rank; ++i) {
+        const int64_t x = start[i] + rest % map.box[i];
+        rest /= map.box[i];
+        inside = inside && x >= 0 && x < map.size[i], offset += x * map.stride[i];
+      }
+      for (int j = 0; j < map.box[0]; ++j) {
+        const int64_t x = start[0] + j;
+        uint16_t value = 0;
+        if (inside && x >= 0 && x < map.size[0]) memcpy(&value, map.data + offset + 2 * x, 2);
+        const uintptr_t place = reinterpret_cast<uintptr_t>(to) + row * row_bytes + 2 * j;
+        memcpy(reinterpret_cast<void*>(swizzled(place, map.span)), &value, 2);
+      }
+    }
+    Phase p = read_phase(barrier);
+    p.bytes -= static_cast<int32_t>(row_bytes * rows);
+    write_phase(barrier, p);
+  });
+}
+
+namespace {
+
+void run(Product& p) {
+  if (!p.done) p.compute(p.sum.data());
+  p.done = true;
+}
+
+}  // namespace
+
+void start_product(float* d, int count, std::function<void(float*)> compute) {
+  Scheduler& s = scheduler();
+  auto& groups = s.running->products;
+  if (groups.empty()) groups.emplace_back();
+  const bool at_once = s.draw(2) == 0;
+  Product* before = nullptr;  // the product that these accumulators come from
+  for (auto& group : groups)
+    for (Product& p : group)
+      if (p.d == d) before = &p;
+  Product next = {d, std::vector<float>(d, d + count), std::move(compute), false};
+  if (before != nullptr) {
+    run(*before);
+    next.sum = before->sum;
+  }
+  if (at_once) run(next);
+  poison(d, count * sizeof(float));
+  groups.back().push_back(std::move(next));
+}
+
+void commit_products() {
+  auto& groups = scheduler().running->products;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+void wait_products(int groups_left) {
+  auto& groups = scheduler().running->products;
+  while (static_cast<int>(groups.size()) > groups_left + 1) {
+    for (Product& p : groups.front()) run(p), memcpy(p.d, p.sum.data(), p.sum.size() * sizeof(float));
+    groups.erase(groups.begin());
+    for (const auto& group : groups)
+      for (const Product& p : group) poison(p.d, p.sum.size() * sizeof(float));
+  }
+}
+
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, int cluster) {
   Scheduler& s = scheduler();
   const std::lock_guard<std::mutex> lock(s.mutex);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || smem > kSharedLimit)
+      grid.z > 65535 || smem > kSharedLimit || cluster < 1 || cluster > 8 || grid.x % cluster != 0)
     throw std::runtime_error(std::string(kernel) + ": invalid configuration argument");
-  s.threads = static_cast<int>(threads);
-  if (s.fibers.size() < threads) s.fibers.resize((threads + kWarp - 1) / kWarp * kWarp);
+  s.threads = static_cast<int>(threads), s.blocks = cluster;
+  if (static_cast<int>(s.fibers.size()) < s.first(cluster)) s.fibers.resize(s.first(cluster));
   s.body = &body;
   s.error.clear();
+  s.kernel = kernel;
   here.block_dim = block, here.grid_dim = grid;
-  std::vector<uint64_t> order(blocks);
+  std::vector<uint64_t> order(blocks / cluster);  // a cluster: neighbours along x
   std::iota(order.begin(), order.end(), uint64_t{0});
   if (!s.lockstep)
-    for (uint64_t i = blocks - 1; i > 0; --i) std::swap(order[i], order[s.draw(static_cast<uint32_t>(i + 1))]);
+    for (uint64_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[s.draw(static_cast<uint32_t>(i + 1))]);
   for (const uint64_t i : order) {
-    here.block = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                      static_cast<unsigned>(i / grid.x / grid.y));
-    if (smem > 0) s.allocate_shared(nullptr, smem);
-    s.run_block();
+    std::vector<dim3> positions;
+    s.shared_bytes.assign(cluster, 0);
+    for (int rank = 0; rank < cluster; ++rank) {
+      const uint64_t at = i * cluster + rank;
+      positions.emplace_back(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                             static_cast<unsigned>(at / grid.x / grid.y));
+      if (smem > 0) s.allocate_shared(rank, nullptr, smem);
+    }
+    s.run_cluster(positions);
     s.free_shared();
     if (!s.error.empty())
-      throw std::runtime_error(std::string(kernel) + ", block (" + std::to_string(here.block.x) + ", " +
-                               std::to_string(here.block.y) + ", " + std::to_string(here.block.z) + "): " + s.error);
+      throw std::runtime_error(std::string(kernel) + ", block (" + std::to_string(positions[0].x) + ", " +
+                               std::to_string(positions[0].y) + ", " + std::to_string(positions[0].z) +
+                               "): " + s.error);
   }
 }
 
@@ -425,6 +655,8 @@ FD_EXPORT void emu_seed(uint64_t value) { fastdiff::emu::seed(value); }
 FD_EXPORT void emu_lockstep(int on) { fastdiff::emu::set_lockstep(on != 0); }
 FD_EXPORT void emu_grid_limit(int64_t blocks) { fastdiff::emu::grid_limit = blocks; }
 FD_EXPORT void emu_multiprocessors(int count) { fastdiff::emu::multiprocessors = count; }
+FD_EXPORT void emu_hopper(int on) { fastdiff::emu::hopper = on != 0; }
+FD_EXPORT const char* emu_last_kernel() { return fastdiff::emu::last_kernel(); }
 FD_EXPORT int64_t emu_switches() { return fastdiff::emu::switches(); }
 FD_EXPORT void emu_mutate(int mutation) { fastdiff::emu::mutation = mutation; }
 FD_EXPORT const char* emu_mutations() {  // their names, from number 1 on

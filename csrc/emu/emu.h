@@ -16,12 +16,14 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -77,20 +79,29 @@ extern Position here;
 extern int mutation;         // the deliberate mistake in force (csrc/cuda/mutate.cuh)
 extern int64_t grid_limit;   // blocks per launch, so that a test can make a grid loop
 extern int multiprocessors;  // that the device is said to have
+extern bool hopper;          // kernels of sm_90a are to be used where they can
 
 void seed(uint64_t value);   // of the schedule; FASTDIFF_EMU_SEED sets the first
 void set_lockstep(bool on);  // threads in index order instead of random order: what a naive emulator would do
+const char* last_kernel();   // launched
 int64_t switches();          // how often a thread was resumed, since the library was loaded
 
 // Runs `body` for every thread of every block. Throws std::runtime_error naming the kernel when the configuration is
 // impossible or when threads wait for each other for ever.
-void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body);
+// `cluster`: blocks that run together, neighbours along x, and may use each other's shared memory.
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, int cluster = 1);
 
 // The block's array of `bytes` bytes declared at `tag`, poisoned when a block first meets it.
 void* shared(const void* tag, size_t bytes);
 void* dynamic_shared();
 
 void syncthreads(const char* file, int line);
+
+// Of clusters: the calling block's rank, a barrier for all threads of the cluster, and the place in another block's
+// shared memory that corresponds to `mine` in this one's.
+int cluster_rank();
+void cluster_sync(const char* file, int line);
+void* shared_of(const void* mine, int rank);
 
 void fault(const char* what);  // ends the launch with an error
 
@@ -109,6 +120,34 @@ void copy_async(void* to, const void* from, size_t bytes, size_t valid);
 void commit_copies();
 void wait_copies(int groups_left);
 
+// Barriers that live in 8 bytes of shared memory (mbarrier): a phase ends when `arrivals` threads have arrived and all
+// bytes they announced are there. `parity` names the phase that a thread waits for: the phases are 0, 1, 0, 1, ...
+void init_barrier(void* barrier, int arrivals);
+void arrive(void* barrier, int bytes_to_come);
+void wait_phase(const void* barrier, int parity, const char* file, int line);
+
+// Waits for `threads` threads of the block at the barrier of that number (bar.sync).
+void named_barrier(int number, int threads, const char* file, int line);
+
+// A tensor as the copy engine sees it: 16-bit elements, the first axis contiguous; a box of it goes to shared memory,
+// what lies outside the tensor as zeros, with bits 4 to 6 of the address changed by bits 7 to 9 as `span` says.
+struct TensorMap {
+  const char* data;
+  int rank;
+  int64_t size[5], stride[5];  // elements; bytes
+  int box[5];
+  int span;  // bytes over which 16-byte chunks are permuted: 0, 32, 64 or 128
+};
+uintptr_t swizzled(uintptr_t address, int span);
+// Starts the copy of the box at `at`; it is done some time later and then counts on the barrier.
+void copy_box(const TensorMap& map, void* to, void* barrier, const int* at);
+
+// Products that run while the warp goes on (wgmma). `compute` adds to the accumulators it is given; it runs at once or
+// not before the wait, and until then the `count` floats at `d` are NaN.
+void start_product(float* d, int count, std::function<void(float*)> compute);
+void commit_products();
+void wait_products(int groups_left);
+
 template <typename T>
 T exchange(unsigned mask, T value, int source, const char* file, int line) {
   static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
@@ -123,6 +162,9 @@ unsigned ballot(unsigned mask, int predicate, const char* file, int line);
 
 inline int lane() {
   return static_cast<int>((here.thread.x + here.block_dim.x * (here.thread.y + here.block_dim.y * here.thread.z)) % 32);
+}
+inline int warp() {
+  return static_cast<int>((here.thread.x + here.block_dim.x * (here.thread.y + here.block_dim.y * here.thread.z)) / 32);
 }
 // Lanes outside the warp keep their own value, as the hardware does.
 inline int inside(int source) { return source >= 0 && source < 32 ? source : lane(); }

@@ -284,7 +284,11 @@ reg.add(
                 1.0,
                 {n: _exact_shape((1, 1, 512, 512), float(n)) for n in (1, 2, 4, 8, 16, 32)},
             ),
-            "sigma, sliding, 512 x 512": (0.0, {n: _shape((1, 1, 512, 512), float(n)) for n in (8, 16, 32, 64, 128)}),
+            # The starting sums of a column are 6 sigma taps: they show where the support nears the image.
+            "sigma, sliding, 2048 x 2048": (
+                0.0,
+                {n: _shape((1, 1, 2048, 2048), float(n)) for n in (8, 16, 32, 64, 128)},
+            ),
             "side of the image, sigma 2": (
                 2.0,
                 {n: _shape((1, 1, n, n), 2.0) for n in (64, 128, 256, 512, 1024, 2048)},

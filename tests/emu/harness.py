@@ -83,7 +83,17 @@ class Emulator:
         self.lockstep(False)
         self.grid_limit(0x7FFFFFFF)
         self.multiprocessors(4)
+        self.hopper(False)
         self.mutate(None)
+
+    def hopper(self, on: bool) -> None:
+        """Kernels of sm_90a are used where they can."""
+        self.library.emu_hopper(int(on))
+
+    def last_kernel(self) -> str:
+        """The kernel launched last, as the launch spells it."""
+        self.library.emu_last_kernel.restype = ctypes.c_char_p
+        return self.library.emu_last_kernel().decode()
 
     def multiprocessors(self, count: int) -> None:
         """That the device is said to have."""

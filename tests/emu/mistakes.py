@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Case:
@@ -16,11 +18,31 @@ class Case:
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     backward: bool = False
     grid: int = 1000  # blocks of a launch, at most
+    hopper: bool = False  # in a kernel for sm_90a
 
 
 GELU: dict[str, Case] = {}
 
 ATTENTION: dict[str, Case] = {}
+
+
+def hopper(tokens: int, keys: int, scale: float = 1.0) -> Callable[[], Any]:
+    def make() -> Any:
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 2, n, 72, generator=g) for n in (tokens, keys, keys))
+        k[:, :, 128:] *= scale
+        return (q.bfloat16(), k.bfloat16(), v.bfloat16()), {}
+
+    return make
+
+
+HOPPER: dict[str, Case] = {
+    "kHopperInit": Case("attention", hopper(130, 130), hopper=True),
+    "kHopperEmpty": Case("attention", hopper(130, 500), hopper=True, grid=1),
+    "kHopperFull": Case("attention", hopper(130, 300), hopper=True),
+    "kHopperWait": Case("attention", hopper(130, 300), hopper=True),
+    "kHopperShrink": Case("attention", hopper(130, 300, scale=3.0), hopper=True),
+}
 
 SCAN: dict[str, Case] = {}
 
@@ -30,4 +52,4 @@ GAUSSIAN: dict[str, Case] = {}
 
 SPECTRUM: dict[str, Case] = {}
 
-CASES = {**GELU, **ATTENTION, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}
+CASES = {**GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}

@@ -3,6 +3,8 @@
 #include <type_traits>
 
 #include "../../csrc/cuda/async.cuh"
+#include "../../csrc/cuda/cluster.cuh"
+#include "../../csrc/cuda/hopper.cuh"
 #include "../../csrc/cuda/mma.cuh"
 
 namespace fastdiff {
@@ -97,11 +99,118 @@ __global__ void copies(float* data) {
   cuda::wait_copies<0>();
 }
 
+// data[block * 32 + thread] = what the next block of the cluster (of 4) wrote there.
+__global__ void around_the_cluster(float* data) {
+  FD_SHARED(float, mine, 32);
+  mine[threadIdx.x] = static_cast<float>(100 * blockIdx.x + threadIdx.x);
+  cuda::cluster_sync();
+  const int next = (cuda::cluster_rank() + 1) % 4;
+  data[32 * blockIdx.x + threadIdx.x] = cuda::shared_of(mine, next)[threadIdx.x];
+  cuda::cluster_sync();
+}
+
+// data: k [40, 72], p [64, 16] of numbers that bfloat16 holds; then d = k[0:64] k[0:64]^T, zeros beyond row 40, by the
+// tensor cores of a warpgroup, and p k[0:16]. The copy engine brings k in two tiles, with the third thread's help.
+__global__ void hopper_products(float* data) {
+  FD_SHARED(char, a, 64 * 128);
+  FD_SHARED(char, rest, 64 * 32);
+  FD_SHARED(char, narrow, 16 * 16);
+  FD_SHARED(cuda::Barrier, full, 1);
+  FD_SHARED(cuda::Barrier, again, 1);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = 2 * (lane % 4);
+  static bf16 k[40 * 72];
+  static cuda::TensorMap map, tail, strip;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 40 * 72; ++i) k[i] = from_float<bf16>(data[i]);
+    const int64_t size[4] = {1, 1, 40, 72}, stride[4] = {0, 0, 72, 1};
+    if (!cuda::make_map(&map, k, true, size, stride, 64, 64, 128) ||
+        !cuda::make_map(&tail, k, true, size, stride, 64, 16, 32) ||
+        !cuda::make_map(&strip, k, true, size, stride, 16, 8, 0))
+      return;
+    cuda::init_barrier(full, 2);
+    cuda::init_barrier(again, 1);
+    cuda::publish_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x == 2) {
+    cuda::arrive_expecting(full, 64 * 128 + 64 * 32);
+    cuda::copy_box(a, &map, full, 0, 0, 0, 0);
+    cuda::copy_box(rest, &tail, full, 64, 0, 0, 0);
+    cuda::arrive_expecting(again, 16 * 16);
+    cuda::copy_box(narrow, &strip, again, 64, 0, 0, 0);
+  }
+  if (threadIdx.x == 3) cuda::arrive(full);
+  cuda::wait_phase(full, 0);
+  cuda::wait_phase(again, 0);
+  float d[64] = {};
+  const cuda::Tile tile = cuda::make_tile<128>(a, 1024), other = cuda::make_tile<32>(rest, 256);
+  // The second operand has 128 rows; those beyond 64 are whatever lies there, and are not looked at.
+  FD_SHARED(char, both, 128 * 128);
+  FD_SHARED(char, both_rest, 128 * 32);
+  for (int i = threadIdx.x; i < 128 * 128; i += 128) both[i] = i < 64 * 128 ? a[i] : 0;
+  for (int i = threadIdx.x; i < 128 * 32; i += 128) both_rest[i] = i < 64 * 32 ? rest[i] : 0;
+  __syncthreads();
+  const cuda::Tile wide = cuda::make_tile<128>(both, 1024), wide_rest = cuda::make_tile<32>(both_rest, 256);
+  cuda::fence_products();
+  for (int step = 0; step < 4; ++step)
+    cuda::start_product<true>(d, cuda::advance(tile, 32 * step), cuda::advance(wide, 32 * step), step > 0);
+  cuda::start_product<true>(d, other, wide_rest, 1);
+  cuda::commit_products();
+  const bool hidden = d[0] != d[0];  // NaN: nobody may look yet
+  float e[32] = {}, f[4] = {};
+  uint32_t p[4];
+  const float* const q = data + 40 * 72;
+  for (int i = 0; i < 4; ++i) {
+    const int row = 16 * warp + g + i % 2 * 8, column = t + i / 2 * 8;
+    p[i] = from_float<bf16>(q[16 * row + column]).bits |
+           static_cast<uint32_t>(from_float<bf16>(q[16 * row + column + 1]).bits) << 16;
+  }
+  cuda::start_product<true>(e, p, cuda::make_tile<128>(a, 1024));
+  cuda::start_product<true>(f, p, cuda::make_tile<16>(narrow, 128));
+  cuda::commit_products();
+  cuda::wait_products<1>();
+  float* out = data + 40 * 72 + 64 * 16;
+  for (int i = 0; i < 32; ++i)
+    out[64 * (16 * warp + g + i % 4 / 2 * 8) + i / 4 * 8 + t + i % 2] = hidden ? d[i] : -1.0f;
+  cuda::wait_products<0>();
+  out += 64 * 64;
+  for (int i = 0; i < 32; ++i) out[72 * (16 * warp + g + i % 4 / 2 * 8) + i / 4 * 8 + t + i % 2] = e[i];
+  for (int i = 0; i < 4; ++i) out[72 * (16 * warp + g + i / 2 * 8) + 64 + t + i % 2] = f[i];
+  cuda::meet(1, 128);
+}
+
 __global__ void votes(float* data) {
   data[threadIdx.x] = static_cast<float>(__ballot_sync(0xffffffffu, threadIdx.x % 3 == 0) & 0xffffu);
 }
 
 // ------------------------------------------------------------------------------------------------- wrong kernels
+
+__global__ void phase_that_never_ends(float* data) {
+  FD_SHARED(cuda::Barrier, b, 1);
+  if (threadIdx.x == 0) cuda::init_barrier(b, 2);
+  __syncthreads();
+  if (threadIdx.x == 0) cuda::arrive(b);
+  cuda::wait_phase(b, 0);
+  data[0] = 1.0f;
+}
+
+__global__ void barrier_of_too_few(float* data) {
+  if (threadIdx.x < 31) cuda::meet(2, 32);
+  data[0] = 1.0f;
+}
+
+__global__ void product_not_waited_for(float* data) {
+  FD_SHARED(char, tile, 16 * 128);
+  float d[4] = {};
+  const uint32_t a[4] = {};
+  cuda::start_product<true>(d, a, cuda::make_tile<16>(tile, 128));
+  data[threadIdx.x] = d[0];
+}
+
+__global__ void half_a_cluster(float* data) {
+  if (blockIdx.x == 0) cuda::cluster_sync();
+  data[threadIdx.x] = 1.0f;
+}
 
 __global__ void copy_not_waited_for(float* data) {
   FD_SHARED(float, to, 32);
@@ -156,6 +265,7 @@ struct Probe {
   void (*kernel)(float*);
   dim3 grid, block;
   size_t smem;
+  int cluster = 1;
 };
 
 const Probe kProbes[] = {
@@ -169,6 +279,13 @@ const Probe kProbes[] = {
     {"product_tf32", product_tf32, 1, 32, 0},
     {"copies", copies, 1, 16, 80 * sizeof(float)},
     {"votes", votes, 1, 32, 0},
+    {"around_the_cluster", around_the_cluster, 8, 32, 0, 4},
+    {"hopper_products", hopper_products, 1, 128, 0},
+    {"phase_that_never_ends", phase_that_never_ends, 1, 32, 0},
+    {"barrier_of_too_few", barrier_of_too_few, 1, 32, 0},
+    {"product_not_waited_for", product_not_waited_for, 1, 32, 0},
+    {"half_a_cluster", half_a_cluster, 4, 32, 0, 4},
+    {"uneven_clusters", around_the_cluster, 6, 32, 0, 4},
     {"copy_not_waited_for", copy_not_waited_for, 1, 32, 0},
     {"return_before_barrier", return_before_barrier, 1, 64, 0},
     {"different_barriers", different_barriers, 1, 64, 0},
@@ -193,7 +310,7 @@ extern "C" __attribute__((visibility("default"))) int fastdiff_probe(const char*
   for (const Probe& p : kProbes) {
     if (std::string(p.name) != name) continue;
     try {
-      cuda::launch(p.name, p.kernel, p.grid, p.block, p.smem, nullptr, data);
+      cuda::launch_cluster(p.name, p.kernel, p.cluster, p.grid, p.block, p.smem, nullptr, data);
       return 0;
     } catch (const std::exception& e) {
       snprintf(message, static_cast<size_t>(size), "%s", e.what());
