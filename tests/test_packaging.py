@@ -272,12 +272,19 @@ def test_no_weak_symbols_in_per_isa_objects(tmp_path: Path) -> None:
     listing = subprocess.run(
         ["ninja", "-C", str(build), "-t", "targets", "all"], check=True, capture_output=True, text=True
     )
-    targets = sorted(set(re.findall(r"^(fastdiff_(?:base|avx2|avx512)): phony", listing.stdout, re.MULTILINE)))
+    found = re.findall(r"^(fastdiff_(?:base|avx2|avx512|avx512_bf16)): phony", listing.stdout, re.MULTILINE)
+    targets = sorted(set(found))
     assert "fastdiff_base" in targets
     made = subprocess.run(["cmake", "--build", str(build), "--target", *targets], capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
-    objects = [path for target in targets for path in build.glob(f"CMakeFiles/{target}.dir/**/*.o")]
-    assert len(objects) >= 2 * len(targets)
+    per_target = [list(build.glob(f"CMakeFiles/{target}.dir/**/*.o")) for target in targets]
+    assert all(per_target)
+    objects = [path for paths in per_target for path in paths]
+    assert len(objects) > 10
+    for path in build.glob("CMakeFiles/fastdiff_avx512_bf16.dir/**/*.o"):  # where the compiler knows the instruction
+        if shutil.which("objdump"):
+            code = subprocess.run(["objdump", "-d", str(path)], check=True, capture_output=True, text=True).stdout
+            assert code.count("vdpbf16ps") >= 48, f"{path}: not made of dot products"
     assert {str(path.relative_to(build)): symbols(path) for path in objects if symbols(path)} == {}
 
 

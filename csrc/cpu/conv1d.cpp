@@ -58,23 +58,8 @@ inline vf reciprocal(vf x) {
   return splat(1.0f) / x;
 #endif
 }
-// 1 / (1 + exp(-v)) for |v| <= 87; with nothing that could overflow, much of math.h's exp is not needed.
-inline vf sigmoid_inside(vf v) {
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf shifted = madd(v, splat(-1.44269504088896341f), magic);
-  const vf n = shifted - magic;
-  vf r = madd(n, splat(-0.693145751953125f), -v);
-  r = madd(n, splat(-1.42860682030941723e-6f), r);
-  vf p = splat(1.9875691500e-4f);
-  p = madd(p, r, splat(1.3981999507e-3f));
-  p = madd(p, r, splat(8.3334519073e-3f));
-  p = madd(p, r, splat(4.1665795894e-2f));
-  p = madd(p, r, splat(1.6666665459e-1f));
-  p = madd(p, r, splat(5.0000001201e-1f));
-  p = madd(p, r * r, r) + splat(1.0f);
-  const vf scale = (vf)(((vi)shifted - (vi)magic + 127) << 23);
-  return reciprocal(madd(p, scale, splat(1.0f)));
-}
+// 1 / (1 + exp(-v)) for |v| <= 87.
+inline vf sigmoid_inside(vf v) { return reciprocal(splat(1.0f) + exp_inside<-1>(v)); }
 template <bool kSilu>
 inline vf activate(vf v) {
   if (!kSilu) return v;

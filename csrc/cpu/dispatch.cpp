@@ -19,6 +19,25 @@ namespace avx512 {
 FD_CPU_KERNELS(FD_DECLARE)
 }
 #endif
+// Here a name that is not declared is found in the set that the directive names.
+#ifdef FASTDIFF_BF16
+namespace avx512_bf16 {
+using namespace avx512;
+FD_BF16_KERNELS(FD_DECLARE)
+}  // namespace avx512_bf16
+#endif
+#ifdef FASTDIFF_SOFT_BF16
+namespace soft_bf16 {
+using namespace base;
+FD_BF16_KERNELS(FD_DECLARE)
+}  // namespace soft_bf16
+#endif
+#ifdef FASTDIFF_SOFT_BF16_WIDE
+namespace soft_bf16_wide {
+using namespace base;
+FD_BF16_KERNELS(FD_DECLARE)
+}  // namespace soft_bf16_wide
+#endif
 #undef FD_DECLARE
 
 namespace {
@@ -43,20 +62,52 @@ const Kernels kTables[] = {
     {"avx512", FD_CPU_KERNELS(FD_ENTRY)},
 #undef FD_NAMESPACE
 #endif
+#ifdef FASTDIFF_BF16
+#define FD_NAMESPACE avx512_bf16
+    {"avx512_bf16", FD_CPU_KERNELS(FD_ENTRY)},
+#undef FD_NAMESPACE
+#endif
+// Tests only (csrc/emu/emu.cmake): the kernels of avx512_bf16 over a body of its instruction.
+#ifdef FASTDIFF_SOFT_BF16
+#define FD_NAMESPACE soft_bf16
+    {"soft_bf16", FD_CPU_KERNELS(FD_ENTRY)},
+#undef FD_NAMESPACE
+#endif
+#ifdef FASTDIFF_SOFT_BF16_WIDE
+#define FD_NAMESPACE soft_bf16_wide
+    {"soft_bf16_wide", FD_CPU_KERNELS(FD_ENTRY)},
+#undef FD_NAMESPACE
+#endif
 };
 #undef FD_ENTRY
 
-#ifdef FASTDIFF_X86
-int supported() {
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return 1;
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")))
-    return 2;
-  return 3;
+#if defined(FASTDIFF_X86) || defined(FASTDIFF_SOFT_BF16_WIDE)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
-#else
-int supported() { return 1; }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 #endif
+
+// How many of kTables, from the first on, this machine can run.
+int supported() {
+  int n = 1;
+#if defined(FASTDIFF_X86)
+  n += has_avx2() + has_avx512();
+#if defined(FASTDIFF_BF16)
+  n += has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+#endif
+#if defined(FASTDIFF_SOFT_BF16)
+  ++n;
+#endif
+#if defined(FASTDIFF_SOFT_BF16_WIDE)
+  n += has_avx512();
+#endif
+  return n;
+}
 
 const Kernels* find(const char* name) {
   for (int i = 0; i < supported(); ++i)

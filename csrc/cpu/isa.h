@@ -1,7 +1,8 @@
 // The table of CPU kernels. Every kernel file in this folder is compiled once per instruction set, with FASTDIFF_ISA
 // naming the set (base, avx2, avx512), and defines its kernels in namespace fastdiff::cpu::<isa>; helpers sit in
 // anonymous namespaces so that no weak symbol of a wide build can end up in a narrow one. dispatch.cpp picks at run
-// time.
+// time. avx512_bf16 is avx512 but for the kernels that gain from the dot product of bf16 pairs, FD_BF16_KERNELS, which
+// have files of their own.
 #pragma once
 #include "../fastdiff.h"
 
@@ -41,6 +42,8 @@
 #define FD_SPECTRUM_KERNELS(X) \
   X(spectrum, Spectrum)        \
   X(spectrum_backward, SpectrumBackward)
+
+#define FD_BF16_KERNELS(X) X(attention_forward, AttentionForward)
 
 #define FD_CPU_KERNELS(X) \
   FD_ADALN_KERNELS(X)     \

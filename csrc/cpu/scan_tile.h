@@ -245,27 +245,6 @@ inline vf decay_of(vf d, vf a2) {
   return kNear ? decay(d, a2) : decay_any(d, a2);
 }
 
-// log(1 + e) for e >= 0, relative error about 1 ulp: 1 + e = 2^k (1 + f), |f| < 0.42, what 1 + e lost put back into f.
-inline vf log1p(vf e) {
-  const vf w = splat(1.0f) + e;
-  const vf lost = e - (w - splat(1.0f));
-  const vi k = ((vi)w - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  const vf m = (vf)((vi)w - (k << 23)), scale = (vf)((127 - k) << 23);
-  const vf f = madd(lost, scale, m - splat(1.0f));
-  vf p = splat(7.0376836292e-2f);
-  p = madd(p, f, splat(-1.1514610310e-1f));
-  p = madd(p, f, splat(1.1676998740e-1f));
-  p = madd(p, f, splat(-1.2420140846e-1f));
-  p = madd(p, f, splat(1.4249322787e-1f));
-  p = madd(p, f, splat(-1.6668057665e-1f));
-  p = madd(p, f, splat(2.0000714765e-1f));
-  p = madd(p, f, splat(-2.4999993993e-1f));
-  p = madd(p, f, splat(3.3333331174e-1f));
-  const vf n = __builtin_convertvector(k, vf), ff = f * f;
-  const vf tail = madd(n, splat(-2.12194440e-4f), p * ff * f);
-  return madd(n, splat(0.693359375f), f + madd(splat(-0.5f), ff, tail));
-}
-
 // exp(x) for x <= 20, 0 below -86 (where it is less than 5e-38); NaN is left to the caller.
 inline vf exp_low(vf x) {
   const vf e = decay(vmin(splat(20.0f), vmax(splat(-86.0f), x)), splat(kLog2e));
@@ -274,7 +253,7 @@ inline vf exp_low(vf x) {
 
 // x where x > 20, else log(1 + exp x); NaN stays.
 inline vf softplus(vf x) {
-  const vf small = log1p(exp_low(x));
+  const vf small = log1p_inside(exp_low(x));
   return x <= splat(20.0f) ? small : x;
 }
 

@@ -137,34 +137,6 @@ inline vf phase(vf* re, vf* im) {
   return m;
 }
 
-// log(1 + x) for x >= 0: log of u = 1 + x rounded, plus what the rounding lost over u. 2^k f = u with f in
-// [sqrt(1/2), sqrt(2)), a degree-8 polynomial of f - 1 (Cephes' logf). Error <= 1.5 ulp.
-inline vf log1p(vf x) {
-  const vf u = x + splat(1.0f);
-  const vf lost = x - (u - splat(1.0f));
-  const vi bits = (vi)u - 0x3f3504f3;  // sqrt(1/2)
-  const vi k = bits >> 23;
-  const vf f = (vf)((bits & 0x007fffff) + 0x3f3504f3) - splat(1.0f);
-  const vf n = __builtin_convertvector(k, vf);
-  vf p = splat(7.0376836292e-2f);
-  p = madd(p, f, splat(-1.1514610310e-1f));
-  p = madd(p, f, splat(1.1676998740e-1f));
-  p = madd(p, f, splat(-1.2420140846e-1f));
-  p = madd(p, f, splat(1.4249322787e-1f));
-  p = madd(p, f, splat(-1.6668057665e-1f));
-  p = madd(p, f, splat(2.0000714765e-1f));
-  p = madd(p, f, splat(-2.4999993993e-1f));
-  p = madd(p, f, splat(3.3333331174e-1f));
-  const vf z = f * f;
-  vf y = p * f * z;
-  y = madd(n, splat(-2.12194440e-4f), y);
-  y = madd(z, splat(-0.5f), y) + lost / u;
-  y = y + f;
-  y = madd(n, splat(0.693359375f), y);
-  y = u < splat(std::numeric_limits<float>::infinity()) ? y : x;  // infinity
-  return x == x ? y : x;
-}
-
 }  // namespace
 }  // namespace FASTDIFF_ISA
 }  // namespace cpu

@@ -90,13 +90,50 @@ class _Bound:
         return ds @ km, ds.transpose(-1, -2) @ qm, self.p.transpose(-1, -2) @ g
 
 
+# Subnormal elements and products, which the dot product of bf16 pairs takes for zero, and the smallest step between
+# weights in [0, 1].
+_FLUSHED = {torch.bfloat16: 2.0**-126}
+_WEIGHT_STEP = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25}
+
+
+def _sixteen(dtype: torch.dtype, q: Any, k: Any, v: Any, scale: float, prepared: bool) -> Any:
+    """How far operands of 16 bits may take the result of [B, H, tokens, d]; no more than is added to the float32 bound.
+
+    Kernels may round to the type of q, k and v: the weights before the product with v, and what a norm or rotation
+    makes of q and k (`prepared`). With u = eps / 2 the relative error of a rounding, the latter moves a score by up to
+
+        e_j = |scale| ((1 + u)^2 - 1) sum_c |q_c k_jc|
+
+    and a weight then is p_j w_j, exp(-e_j) (1 - u) <= w_j <= exp(e_j) (1 + u) =: 1 + r_j. The result is off by
+
+        sum_j p_j (w_j - 1) (v_j - out) / sum_j p_j w_j <= sum_j p_j r_j (|v_j| + |out|) / sum_j p_j exp(-e_j) (1 - u)
+
+    if the weights are divided by the sum of the rounded ones, and by less if by that of the unrounded (no |out| for the
+    roundings of weights then). Both conventions are within it, also where a weight is subnormal (f16).
+    """
+    if dtype not in _WEIGHT_STEP:
+        return 0.0
+    u, flushed = 0.5 * torch.finfo(dtype).eps, _FLUSHED.get(dtype, 0.0)
+    p = torch.softmax(scale * q @ k.transpose(-1, -2), -1)
+    qa, ka, va = q.abs(), k.abs(), v.abs()
+    e = flushed * (qa.sum(-1, keepdim=True) + ka.sum(-1).unsqueeze(-2) + 2 * q.shape[-1])
+    if prepared:
+        e = e + ((1 + u) ** 2 - 1) * (qa @ ka.transpose(-1, -2))
+    e = abs(scale) * e
+    moved = p * (torch.exp(e) * (1 + u) - 1) + _WEIGHT_STEP[dtype] * p.amax(-1, keepdim=True)
+    out = moved @ va + moved.sum(-1, keepdim=True) * (p @ v).abs()
+    return out / ((p * torch.exp(-e)).sum(-1, keepdim=True) * (1 - u)) + 2 * flushed * (v.shape[-2] + 1)
+
+
 def _growth(q: Any, k: Any, v: Any, *, layout: str = "bhnd", **_: Any) -> float:
     return math.sqrt(max(q.shape[-1], page._heads(q, layout).shape[2], page._heads(k, layout).shape[2]))
 
 
 def _bound(dtype: torch.dtype, q: Any, k: Any, v: Any, *, scale: Any = None, layout: str = "bhnd") -> Any:
+    growth = _growth(q, k, v, layout=layout)
     q, k, v = (page._heads(t, layout) for t in (q, k, v))
-    return (page._heads(_Bound(q, k, v, q.abs(), k.abs(), scale).out, layout),)
+    found = _Bound(q, k, v, q.abs(), k.abs(), scale)
+    return (page._heads(found.out + _sixteen(dtype, q, k, v, found.scale, False) / ((4 + growth) * U), layout),)
 
 
 def _grad_bound(dtype: torch.dtype, grads: Any, q: Any, k: Any, v: Any, *, scale: Any = None,
@@ -157,8 +194,12 @@ def _packed_bound_of(q: Any, k: Any, v: Any, scale: Any) -> tuple[_Bound, tuple[
 
 def _bound_packed(dtype: torch.dtype, qkv: Any, *, scale: Any = None, q_norm: Any = None, k_norm: Any = None,
                   eps: float = 1e-6, rope: Any = None, rope_interleaved: bool = False) -> Any:  # fmt: skip
-    bound, _ = _packed_bound_of(*_prepared(qkv, q_norm, k_norm, eps, rope, rope_interleaved), scale)
-    return (bound.out.transpose(1, 2),)
+    q, k, v = _prepared(qkv, q_norm, k_norm, eps, rope, rope_interleaved)
+    bound, _ = _packed_bound_of(q, k, v, scale)
+    x, y, v = (t.transpose(1, 2) for t in (q.value, k.value, v))
+    prepared = q_norm is not None or k_norm is not None or rope is not None
+    rounded = _sixteen(dtype, x, y, v, bound.scale, prepared) / ((4 + _growth_packed(qkv)) * U)
+    return ((bound.out + rounded).transpose(1, 2),)
 
 
 def _grad_bound_packed(dtype: torch.dtype, grads: Any, qkv: Any, *, scale: Any = None, q_norm: Any = None,

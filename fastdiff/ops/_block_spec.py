@@ -21,9 +21,11 @@ from fastdiff.ops._adaln_spec import (
     _modulated,
     _modulation,
     _Norm,
+    _option,
     _replace,
     _rows,
 )
+from fastdiff.ops._attention_spec import _sixteen
 from fastdiff.ops._examples import dense, nbytes, randn
 
 # ---------------------------------------------------------------------------------------------------------- examples
@@ -113,6 +115,7 @@ def _bound_attention(dtype: torch.dtype, x: Any, shift: Any, scale: Any, gate: A
     ml = 1 + unit * (squares.sqrt() + (q @ k.mT).abs())
     mp = p * (ml + (p * ml).sum(-1, keepdim=True))
     m = (mp.square() @ v.square() + p.square() @ mv.square()).sqrt() + p @ v.abs()
+    m = m + _sixteen(dtype, q, k, v, unit, False) / ((4 + _growth(x)) * U)
     mixed = packed.then(*((t.transpose(1, 2).reshape(B, N, D)) for t in (p @ v, m)))
     return _gated(x, gate, mixed.linear(out_weight, out_bias))
 
@@ -247,6 +250,9 @@ reg.add(
             *_BAD, *_bad_weights("qkv", "out"),
             ("heads do not divide D", _replace(8, lambda _: 5), ValueError, ("num_heads", "divisor", "5")),
             ("num_heads is a float", _replace(8, lambda _: 4.0), TypeError, ("num_heads", "float")),
+            ("q_norm of another width", _option(q_norm=torch.ones(5)), ValueError, ("adaln_attention: q_norm", "(5,)")),
+            ("k_norm is a number", _option(k_norm=1.0), TypeError, ("adaln_attention: k_norm", "Tensor", "float")),
+            ("rope is one tensor", _option(rope=torch.ones(2)), TypeError, ("adaln_attention: rope", "pair")),
         ],
         bytes=lambda x, *args, **_: 2 * nbytes(x) + nbytes(*args[:7]),
         flops=_attention_flops,

@@ -8,6 +8,15 @@ Shapes: q [B, H, N, d], k and v [B, H, M, d] (``layout="bhnd"``) or [B, N, H, d]
 three packed as qkv [B, N, 3, H, d]; any strides, any lengths, any head dim. One of float32, float16, bfloat16 for all
 of them; arithmetic in float32; results have that dtype. With no keys (M = 0) the result is zero, as in PyTorch.
 
+Numerics: float32 calls are float32 throughout. Where the processor multiplies 16-bit operands (``avx512_bf16`` for
+bfloat16 without gradients), two more things are rounded to the type of q, k and v, as PyTorch's fused kernels do: the
+weights ``exp(score - maximum)`` before the product with v, and q and k after their norm and rotation. The result is
+then off by up to ``u sum_j p_j (|v_j| + |out|)``, u = 2^-8 for bfloat16 and 2^-11 for float16, p the weights, which is
+a rounding of every v_j; and with norm or rotation by what ``2 u |scale| sum_c |q_c k_jc|`` more or less in the score
+of key j makes of it (`_attention_spec._sixteen` derives both). The weights are divided by the sum of the rounded ones,
+so they still sum to one. Elements and products below 2^-126 count as zero there. Calls that need a gradient keep
+float32 weights.
+
 Memory besides the results: ``4 (2 (r + c) d + ...)`` bytes for each thread, where r <= 768 queries and c <= 512 keys;
 `attention_workspace` in csrc/fastdiff.h is the exact count. The backward pass keeps the maximum and the sum of
 exponentials of every row, [B, H, N, 2], and takes ``4 (N + 4 c) d + ...`` bytes, c <= 256, for each thread that has a
@@ -314,10 +323,16 @@ def _check_packed(op: str, qkv: Any, scale: Any, q_norm: Any, k_norm: Any, eps: 
     reg.check_tensor(op, "qkv", qkv)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         reg.fail(op, "qkv", "shape [B, N, 3, H, d]", tuple(qkv.shape))
-    N, d = qkv.shape[1], qkv.shape[4]
+    _check_prologue(op, qkv, qkv.shape[1], qkv.shape[4], q_norm, k_norm, rope)
+    eps = reg.number(op, "eps", eps, low=0.0)
+    return _default_scale(qkv) if scale is None else reg.number(op, "scale", scale), eps
+
+
+def _check_prologue(op: str, like: torch.Tensor, N: int, d: int, q_norm: Any, k_norm: Any, rope: Any) -> None:
+    """Norm weights and tables for N tokens of heads [d], on the device of `like`."""
     for name, w in (("q_norm", q_norm), ("k_norm", k_norm)):
         if w is not None:
-            reg.check_tensor(op, name, w, qkv)
+            reg.check_tensor(op, name, w, like)
             if tuple(w.shape) != (d,):
                 reg.fail(op, name, f"shape [d] = ({d},)", tuple(w.shape))
     if rope is not None:
@@ -326,13 +341,11 @@ def _check_packed(op: str, qkv: Any, scale: Any, q_norm: Any, k_norm: Any, eps: 
         if d % 2:
             reg.fail(op, "rope", "an even head dim d", d)
         for name, t in zip(("rope[0]", "rope[1]"), rope, strict=True):
-            reg.check_tensor(op, name, t, qkv)
+            reg.check_tensor(op, name, t, like)
             if tuple(t.shape) not in ((N, d // 2), (N, d)):
                 reg.fail(op, name, f"shape [N, d/2] = {(N, d // 2)} or [N, d] = {(N, d)}", tuple(t.shape))
         if rope[0].shape != rope[1].shape:
             reg.fail(op, "rope[1]", f"the shape of rope[0], {tuple(rope[0].shape)}", tuple(rope[1].shape))
-    eps = reg.number(op, "eps", eps, low=0.0)
-    return _default_scale(qkv) if scale is None else reg.number(op, "scale", scale), eps
 
 
 def _check_operands(

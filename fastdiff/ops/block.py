@@ -23,7 +23,7 @@ from fastdiff.ops import _registry as reg
 from fastdiff.ops import adaln
 from fastdiff.ops._linear import linear
 from fastdiff.ops.adaln import adaln_modulate, adaln_modulate_reference, gate_residual, gate_residual_reference
-from fastdiff.ops.attention import attention_qkvpacked, attention_qkvpacked_reference
+from fastdiff.ops.attention import _check_prologue, attention_qkvpacked, attention_qkvpacked_reference
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,6 +80,7 @@ def adaln_attention(
         reg.fail(op, "num_heads", "an integer", type(num_heads).__name__, TypeError)
     if num_heads < 1 or D % num_heads:
         reg.fail(op, "num_heads", f"a divisor of D = {D}", num_heads)
+    _check_prologue(op, x, N, D // num_heads, q_norm, k_norm, rope)
     if out is not None:
         tensors = (x, shift, scale, gate, qkv_weight, qkv_bias, out_weight, out_bias, q_norm, k_norm)
         reg.check_out(op, out, x, tensors, may_alias=(x,))

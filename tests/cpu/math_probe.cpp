@@ -37,6 +37,30 @@ void check(const char* name, const Vector& vector, const Exact& exact) {
   std::printf("%s %.3f %a\n", name, worst, at);
 }
 
+// x brought into the range of a function; NaN goes to its end.
+static double inside(double x) { return x < -87 ? -87 : x < 87 ? x : 87; }
+static probe::vf inside(probe::vf x) {
+  const probe::vf limit = probe::splat(87.0f);
+  return x < -limit ? -limit : x < limit ? x : limit;
+}
+static double exponent_at_most_125(double x) { return std::fabs(x) < 0x1p126 ? std::fabs(x) : 1; }
+static probe::vf exponent_at_most_125(probe::vf x) {
+  const probe::vf size = x < 0.0f ? -x : x;
+  return size < 0x1p126f ? size : probe::splat(1.0f);
+}
+
 int main() {
   check("exp", [](probe::vf x) { return probe::exp(x); }, [](double x) { return std::exp(x); });
+  check(
+      "exp_inside", [](probe::vf x) { return probe::exp_inside(inside(x)); },
+      [](double x) { return std::exp(inside(x)); });
+  check(
+      "exp_inside<-1>", [](probe::vf x) { return probe::exp_inside<-1>(inside(x)); },
+      [](double x) { return std::exp(-inside(x)); });
+  check(
+      "log1p", [](probe::vf x) { return probe::log1p(x < 0.0f ? -x : x); },
+      [](double x) { return std::log1p(std::fabs(x)); });
+  check(
+      "log1p_inside", [](probe::vf x) { return probe::log1p_inside(exponent_at_most_125(x)); },
+      [](double x) { return std::log1p(exponent_at_most_125(x)); });
 }
