@@ -45,13 +45,14 @@ ParamGrad param_grad(const py::handle& h) {
   return g;
 }
 
-// A float, or (pointer, dtype) of a tensor [B].
+// A float, or (pointer, dtype, row stride, sample stride) of a tensor [rows, B].
 Coefficient coefficient(const py::handle& h) {
   Coefficient c;
   if (PyTuple_Check(h.ptr())) {
-    if (PyTuple_GET_SIZE(h.ptr()) != 2) throw py::type_error("coefficient: expected a float or (pointer, dtype)");
+    if (PyTuple_GET_SIZE(h.ptr()) != 4) throw py::type_error("coefficient: expected a float or a tuple of 4");
     c.data = pointer(h.ptr(), 0);
     c.dtype = static_cast<int32_t>(integer(h.ptr(), 1));
+    c.row_stride = integer(h.ptr(), 2), c.sample_stride = integer(h.ptr(), 3);
   } else {
     c.value = PyFloat_AsDouble(h.ptr());
     if (PyErr_Occurred()) throw py::error_already_set();
@@ -146,9 +147,10 @@ void adaln_backward(int device, uintptr_t stream, int64_t B, int64_t N, int64_t 
 }
 
 // terms: tuple of (pointer, dtype); rule: tuple of coefficients, or a DDIM rule
-// (alpha_bar, alpha_bar_next, prediction, eta, guidance, has_uncond, has_noise, clip).
-Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule, bool ddim, uintptr_t out,
-                   int out_dtype) {
+// (alpha_bar, alpha_bar_next, prediction, eta, guidance, has_uncond, has_noise, clip); source: None, or (row pointer,
+// rows, draws, seed, seed pointer, has_offset, per_sample).
+Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule, const py::handle& source,
+                   bool ddim, uintptr_t out, int out_dtype) {
   Update u;
   u.B = B, u.M = M, u.kind = ddim ? kDdim : kLinear;
   u.count = static_cast<int32_t>(terms.size());
@@ -169,19 +171,26 @@ Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple
     u.has_uncond = rule[5].cast<bool>(), u.has_noise = rule[6].cast<bool>(), u.clip = rule[7].cast<double>();
     if (u.count != 2 + u.has_uncond + u.has_noise) throw py::value_error("update: terms do not match the DDIM rule");
   }
+  if (!absent(source, 7, "source")) {
+    u.row = static_cast<const int64_t*>(pointer(source.ptr(), 0)), u.rows = integer(source.ptr(), 1);
+    u.draws = static_cast<int32_t>(integer(source.ptr(), 2)), u.seed.value = integer(source.ptr(), 3);
+    u.seed.data = static_cast<const int64_t*>(pointer(source.ptr(), 4));
+    u.seed.has_offset = static_cast<int32_t>(integer(source.ptr(), 5));
+    u.seed.per_sample = static_cast<int32_t>(integer(source.ptr(), 6));
+  }
   return u;
 }
 
 void update(int device, uintptr_t stream, int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule,
-            bool ddim, uintptr_t out, int out_dtype) {
-  launch(make_update(B, M, terms, rule, ddim, out, out_dtype), device, stream, &cpu::update, FD_CUDA(update));
+            const py::object& source, bool ddim, uintptr_t out, int out_dtype) {
+  launch(make_update(B, M, terms, rule, source, ddim, out, out_dtype), device, stream, &cpu::update, FD_CUDA(update));
 }
 
 // grads: tuple of pointers (0: not wanted), one per term.
 void update_backward(int device, uintptr_t stream, int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule,
-                     bool ddim, uintptr_t grad, int grad_dtype, const py::tuple& grads) {
+                     const py::object& source, bool ddim, uintptr_t grad, int grad_dtype, const py::tuple& grads) {
   UpdateBackward u;
-  u.forward = make_update(B, M, terms, rule, ddim, 0, kF32);
+  u.forward = make_update(B, M, terms, rule, source, ddim, 0, kF32);
   if (static_cast<int32_t>(grads.size()) != u.forward.count)
     throw py::value_error("update_backward: one grad per term");
   u.grad = reinterpret_cast<const void*>(grad), u.grad_dtype = grad_dtype;

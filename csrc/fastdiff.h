@@ -77,11 +77,21 @@ struct AdalnBackward {
 
 // ------------------------------------------------------------------------------------------------------------ update
 
-// A step-constant number: `value`, or entry b of `data` [B] (f32 or f64, on the device of the tensors).
+// A step-constant number: `value`, or entry [row, b] of `data` [rows, B] (f32 or f64, on the device of the tensors),
+// the row being Update::row.
 struct Coefficient {
   double value = 0;
   const void* data = nullptr;
   int32_t dtype = kF32;
+  int64_t row_stride = 0, sample_stride = 1;
+};
+
+// Where noise comes from: `value`, or {seed, offset} of sample b at `data` (common/philox.h).
+struct Seed {
+  int64_t value = 0;
+  const int64_t* data = nullptr;  // [1], [2] or [B, 2], on the device of the tensors
+  int32_t has_offset = 0;
+  int32_t per_sample = 0;  // [B, 2]: every sample draws what sample 0 would
 };
 
 enum Prediction : int32_t { kEpsilon = 0, kV = 1, kSample = 2, kFlow = 3 };
@@ -90,6 +100,7 @@ constexpr int kMaxTerms = 8;
 
 // out[b, :] = sum_i c_i[b] * term_i[b, :]                                                       (kLinear)
 // out[b, :] = one DDIM step of terms x, pred, [uncond], [noise]; see common/update.h            (kDdim)
+// noise is a term (has_noise), or drawn here from `seed` (draws), M <= 2^34, or absent.
 struct Update {
   int64_t B = 0, M = 0;  // every tensor is [B, M], rows contiguous and adjacent
   int32_t kind = kLinear;
@@ -98,10 +109,13 @@ struct Update {
   int32_t term_dtype[kMaxTerms] = {};
   void* out = nullptr;  // out [B, M]; may be one of the terms
   int32_t out_dtype = kF32;
+  const int64_t* row = nullptr;           // [1]: the row of the coefficients' tables; below 0 it means 0,
+  int64_t rows = 1;                       // from `rows` on the last; null: 0
   Coefficient c[kMaxTerms];               // kLinear
   Coefficient alpha_bar, alpha_bar_next;  // kDdim, from here on
   int32_t prediction = kEpsilon;
-  int32_t has_uncond = 0, has_noise = 0;
+  int32_t has_uncond = 0, has_noise = 0, draws = 0;
+  Seed seed;
   double eta = 0, guidance = 1;
   double clip = -1;  // x0 is clamped to [-clip, clip]; negative: not clamped
 };

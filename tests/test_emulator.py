@@ -227,8 +227,8 @@ def update_tail_case(emu: Emulator) -> object:
     return harness.update(emu, Ddim([torch.ones(1, 1031)], [2.0]), torch.float32)
 
 
-# Deliberate mistakes of csrc/cuda/mutate.cuh: a case that shows each, and the largest grid there. Those of the other
-# families are in emu/mistakes.py, for test_emulated_ops.py.
+# Deliberate mistakes of csrc/cuda/mutate.cuh: a case that shows each, and the largest grid there. The others
+# are in emu/mistakes.py, for test_emulated_ops.py.
 MISTAKES: dict[str, tuple[Callable[[Emulator], object], int]] = {
     "kSumBarrier": (adaln_case(False, 2, 3, 1400), 1000),
     "kSumTurn": (adaln_case(False, 2, 3, 1400), 1000),

@@ -1,5 +1,7 @@
 // Sampler updates: out = sum_i c_i t_i + k * clamp(sum_i a_i t_i), coefficients per sample (common/update.h).
 //
+// Noise to be drawn (common/philox.h) is made a block at a time and added like one more term.
+//
 // Floor: every term read once, out written once. Up to four terms of one type (every explicit solver step with
 // guidance, clamped or not) go through one loop with no intermediate; anything else through blocks that stay in L1,
 // widened to float32 where needed.
@@ -21,6 +23,51 @@ inline const float* block_of(const void* term, int32_t dtype, int64_t offset, in
   if (dtype == kF32) return static_cast<const float*>(term) + offset;
   widen(scratch, at(const_cast<void*>(term), dtype, offset), dtype, n, 1);
   return scratch;
+}
+
+// `normals` (common/philox.h) over many blocks at once, in loops that compilers turn into vectors: z[4 j + i] is word i
+// of block first + j.
+constexpr int kDrawn = 32;
+inline void draw_blocks(float* z, const Stream& s, uint32_t first) {
+  alignas(64) uint32_t c[4][kDrawn];
+  for (int j = 0; j < kDrawn; ++j)
+    c[0][j] = first + static_cast<uint32_t>(j), c[1][j] = s.sample, c[2][j] = s.offset[0], c[3][j] = s.offset[1];
+  uint32_t k0 = s.key[0], k1 = s.key[1];
+  for (int round = 0; round < 10; ++round) {
+    for (int j = 0; j < kDrawn; ++j) {
+      const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c[0][j], b = static_cast<uint64_t>(0xCD9E8D57u) * c[2][j];
+      c[0][j] = static_cast<uint32_t>(b >> 32) ^ c[1][j] ^ k0, c[1][j] = static_cast<uint32_t>(b);
+      c[2][j] = static_cast<uint32_t>(a >> 32) ^ c[3][j] ^ k1, c[3][j] = static_cast<uint32_t>(a);
+    }
+    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+  }
+  alignas(64) float flat[4][kDrawn];
+  const int32_t* const table = &kNormalTable[0].c[0];
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < kDrawn; ++j) {
+      const uint32_t word = c[i][j], v = word << 1 | 1u;
+      // Leading zeros from the exponent of a float; without the bit below its leading one, v is not rounded up.
+      const int32_t half = static_cast<int32_t>((v & ~(v >> 1)) >> 1);
+      const int32_t zeros = 157 - static_cast<int32_t>(float_bits(static_cast<float>(half)) >> 23);
+      const int32_t octave = zeros > 31 ? 31 : zeros;
+      const uint32_t m = v << octave << 1;
+      const int32_t row = octave * 64 + static_cast<int32_t>(m >> 28) * 4;
+      const int32_t t = static_cast<int32_t>(m << 4 ^ 0x80000000u);
+      int32_t q = table[row + 3];
+      q = table[row + 2] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
+      q = table[row + 1] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
+      q = table[row] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
+      const int32_t sign = static_cast<int32_t>(word) >> 31;
+      flat[i][j] = static_cast<float>((q ^ sign) - sign) * (1.0f / (1 << 28));
+    }
+  }
+  for (int j = 0; j < kDrawn; ++j)
+    for (int i = 0; i < 4; ++i) z[4 * j + i] = flat[i][j];
+}
+
+// Noise of elements begin .. begin + n - 1 of a sample; begin is a multiple of 4. `z` has room for a whole block.
+inline void draw(float* z, const Stream& s, int64_t begin, int64_t n) {
+  for (int64_t i = 0; i < n; i += 4 * kDrawn) draw_blocks(z + i, s, static_cast<uint32_t>((begin + i) / 4));
 }
 
 // acc (+)= c * t. In a clamped step the first term, x, can be absent from the data or from the noise: its zero then
@@ -99,15 +146,35 @@ inline bool streams(const Update& u) {
   return worth_streaming(u.B * u.M * 4);
 }
 
+// Float32 all through, with noise to be drawn: block by block, the noise being one more term of the one loop.
+template <typename Out>
+inline void uniform_drawn(const Update& u, const Terms& terms, Out out, int64_t row, int64_t begin, int64_t end) {
+  alignas(64) float z[kBlock];
+  Terms with = terms;
+  with.c[u.count] = terms.noise, with.a[u.count] = 0;
+  for (int64_t at0 = begin; at0 < end; at0 += kBlock) {
+    const int64_t n = end - at0 < kBlock ? end - at0 : kBlock;
+    draw(z, terms.stream, at0, n);
+    const void* t[kMaxTerms];
+    for (int i = 0; i < u.count; ++i) t[i] = static_cast<const float*>(u.term[i]) + row + at0;
+    t[u.count] = z;
+    if (terms.clamped)
+      uniform_of<true, float>(u.count + 1, out + (at0 - begin), t, with, n);
+    else
+      uniform_of<false, float>(u.count + 1, out + (at0 - begin), t, with, n);
+  }
+}
+
 // One range [begin, end) of one sample whose row starts at element `row`.
 inline void update_range(const Update& u, const Terms& terms, int64_t row, int64_t begin, int64_t end) {
-  bool same = true;
+  bool same = !u.draws || u.out_dtype == kF32;
   for (int i = 0; i < u.count; ++i) same = same && u.term_dtype[i] == u.out_dtype;
   if (same) {
     const int64_t first = row + begin, n = end - begin;
     char* out = at(u.out, u.out_dtype, first);
     if (u.out_dtype == kF32) {
       auto* p = reinterpret_cast<float*>(out);
+      if (u.draws) return uniform_drawn(u, terms, p, row, begin, end);
       if (streams(u) && can_stream(p)) {
         if (uniform_as<float>(u, terms, Streamed{p}, first, n)) return fence();
       } else if (uniform_as<float>(u, terms, p, first, n)) {
@@ -126,6 +193,10 @@ inline void update_range(const Update& u, const Terms& terms, int64_t row, int64
       const float* v = block_of(u.term[i], u.term_dtype[i], row + at0, n, scratch);
       accumulate(acc, v, terms.c[i], n, i == 0, terms.clamped);
       if (terms.clamped && (i == 0 || terms.a[i] != 0)) accumulate(x0, v, terms.a[i], n, i == 0, true);
+    }
+    if (u.draws) {
+      draw(scratch, terms.stream, at0, n);
+      accumulate(acc, scratch, terms.noise, n, false);
     }
     if (terms.clamped)
       for (int64_t i = 0; i < n; ++i) acc[i] += terms.k * fastdiff::clamp(x0[i], terms.clip);

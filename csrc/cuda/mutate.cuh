@@ -16,10 +16,12 @@
   X(kChunkEnd)          /* a chunk adds the first token of the next one */               \
   X(kPartBarrier)       /* the second stage starts its next tile too early */
 
-#define FD_UPDATE_MUTATIONS(X)                                       \
-  X(kTermsBarrier) /* coefficients read before they are there */     \
-  X(kTermsReuse)   /* coefficients overwritten while still in use */ \
-  X(kUpdateTail)   /* elements after the last whole vector are forgotten */
+#define FD_UPDATE_MUTATIONS(X)                                                            \
+  X(kTermsBarrier) /* coefficients read before they are there */                          \
+  X(kTermsReuse)   /* coefficients overwritten while still in use */                      \
+  X(kUpdateTail)   /* elements after the last whole vector are forgotten */               \
+  X(kNoiseBlock)   /* the second half of a vector of eight gets the noise of the first */ \
+  X(kNoiseLane)    /* an element alone gets the noise of its block's first */
 
 #define FD_GELU_MUTATIONS(X)
 

@@ -5,10 +5,11 @@
 //
 // Mapping. A thread owns vectors of 16 bytes and asks for all terms of a vector before it uses the first. When every
 // coefficient is a number known to the host, they are resolved there and the batch is one long row. When some live in
-// device memory (one per sample), a block serves one sample, its first thread resolves them in float64 into shared
-// memory, and nothing travels to the host: the launch can be captured in a CUDA graph and replayed with new values.
-// Every output element depends on one element of each term, so `out` may be a term, and the grid never shows in a
-// result.
+// device memory (one per sample, or a table of them with the step's number beside it), a block serves one sample, its
+// first thread resolves them in float64 into shared memory, and nothing travels to the host: the launch can be captured
+// in a CUDA graph and replayed with new values. So do calls that draw noise (common/philox.h): a Philox block makes
+// four normals, the vector's own. Every output element depends on one element of each term, so `out` may be a term, and
+// the grid never shows in a result.
 //
 // Performance: not measured.
 #include "../common/update.h"
@@ -22,6 +23,7 @@ constexpr int kThreads = 256;
 
 // c.data of any coefficient: the host cannot know it.
 bool on_device(const Update& u) {
+  if (u.draws) return true;  // the noise is the sample's own
   if (u.kind != kLinear) return u.alpha_bar.data != nullptr || u.alpha_bar_next.data != nullptr;
   for (int i = 0; i < u.count; ++i)
     if (u.c[i].data != nullptr) return true;
@@ -59,8 +61,29 @@ FD_D void read_terms(const Update& u, int64_t row, int64_t i, float (&v)[kTerms]
   for (int j = 0; j < kTerms; ++j) widen(raw[j], u.term_dtype[j], v[j]);
 }
 
+// out += noise * z for elements i .. i + kVec - 1 of the sample.
+template <int kVec>
+FD_D void add_noise(const Terms& t, int64_t i, float (&out)[kVec]) {
+  float z[4];
+  if constexpr (kVec == 1) {
+    normals(t.stream, static_cast<uint32_t>(i / 4), z);
+    const int lane = FD_MUTATED(kNoiseLane) ? 0 : static_cast<int>(i & 3);
+    out[0] += t.noise * (lane < 2 ? (lane == 0 ? z[0] : z[1]) : (lane == 2 ? z[2] : z[3]));
+  } else {
+#pragma unroll
+    for (int j = 0; j < kVec; j += 4) {
+      normals(t.stream, static_cast<uint32_t>((i + (FD_MUTATED(kNoiseBlock) ? 0 : j)) / 4), z);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[j + k] += t.noise * z[k];
+    }
+  }
+}
+
 // kVec elements of one sample, from element i of the row that starts at element `row`.
+template <bool kDraws>
 struct Forward {
+  static constexpr int kBlocks = kDraws ? 2 : 3;  // per multiprocessor at least, with up to four terms
+  static constexpr bool kManyTerms = !kDraws;     // more than four: no DDIM step has them
   Update u;
 
   template <int kVec, int kTerms>
@@ -74,6 +97,7 @@ struct Forward {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) out[k] += t.c[j] * v[j][k];
     }
+    if constexpr (kDraws) add_noise<kVec>(t, i, out);
     if (t.clamped) {
       float x0[kVec] = {};
       data_estimate<kVec, kTerms>(u, t, v, x0);
@@ -85,6 +109,8 @@ struct Forward {
 };
 
 struct Backward {
+  static constexpr int kBlocks = 3;
+  static constexpr bool kManyTerms = true;
   UpdateBackward b;
   Update u;  // b.forward
 
@@ -118,7 +144,8 @@ struct Backward {
 };
 
 template <typename Work, int kVec, int kTerms>
-__global__ void __launch_bounds__(kThreads, kTerms <= 4 ? 3 : 2) elementwise(const Work work, const Plan plan) {
+__global__ void __launch_bounds__(kThreads, kTerms <= 4 ? Work::kBlocks : 2)
+    elementwise(const Work work, const Plan plan) {
   FD_SHARED(Terms, resolved, 1);
   const Update& u = work.u;
   for (int64_t task = blockIdx.x; task < u.B * plan.blocks; task += gridDim.x) {
@@ -140,10 +167,9 @@ __global__ void __launch_bounds__(kThreads, kTerms <= 4 ? 3 : 2) elementwise(con
 template <typename Work, int kVec>
 void launch_vec(const Work& work, const Plan& plan, void* stream) {
   const unsigned int grid = grid_for(work.u.B * plan.blocks);
-  if (work.u.count <= 4)
-    FD_LAUNCH((elementwise<Work, kVec, 4>), grid, kThreads, 0, stream, work, plan);
-  else
-    FD_LAUNCH((elementwise<Work, kVec, kMaxTerms>), grid, kThreads, 0, stream, work, plan);
+  if constexpr (Work::kManyTerms)
+    if (work.u.count > 4) return FD_LAUNCH((elementwise<Work, kVec, kMaxTerms>), grid, kThreads, 0, stream, work, plan);
+  FD_LAUNCH((elementwise<Work, kVec, 4>), grid, kThreads, 0, stream, work, plan);
 }
 
 // `tensors`: every tensor of the call, with its type.
@@ -191,7 +217,10 @@ View tensor(const void* data, int32_t dtype) {
 void update(const Update& u, int device, void* stream) {
   View tensors[kMaxTerms + 1] = {tensor(u.out, u.out_dtype)};
   for (int i = 0; i < u.count; ++i) tensors[i + 1] = tensor(u.term[i], u.term_dtype[i]);
-  run(Forward{u}, tensors, u.count + 1, device, stream);
+  if (u.draws)
+    run(Forward<true>{u}, tensors, u.count + 1, device, stream);
+  else
+    run(Forward<false>{u}, tensors, u.count + 1, device, stream);
 }
 
 void update_backward(const UpdateBackward& b, int device, void* stream) {

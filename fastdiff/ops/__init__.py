@@ -10,6 +10,7 @@ from fastdiff.ops import _gelu_spec as _gelu_spec
 from fastdiff.ops import _selective_scan_spec as _selective_scan_spec
 from fastdiff.ops import _spectrum_spec as _spectrum_spec
 from fastdiff.ops import _update_spec as _update_spec
+from fastdiff.ops._philox import philox_normal
 from fastdiff.ops._registry import SPECS, OpSpec, explain
 from fastdiff.ops.adaln import adaln_modulate, gate_residual, gate_residual_adaln
 from fastdiff.ops.attention import (
@@ -51,6 +52,7 @@ __all__ = [
     "gaussian_blur",
     "gelu",
     "linear_update",
+    "philox_normal",
     "radial_spectrum",
     "selective_scan",
     "selective_scan_multi",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,38 @@ def _sdpa_packed(qkv: Any, *, scale: float | None = None, q_norm: Any = None, k_
     return run
 
 
+def _pinned(backend: str, make: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
+    """The same peer with one of SDPA's backends and no other."""
+
+    def prepare(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        if not args[0].is_cuda:
+            raise ValueError("this backend of SDPA is raced on GPUs")
+        if not hasattr(SDPBackend, backend):
+            raise ImportError(f"this torch has no {backend}")
+        chosen, call = getattr(SDPBackend, backend), make(*args, **kwargs)
+
+        def run() -> Any:
+            with sdpa_kernel(chosen):
+                return call()
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch gives its reasons as warnings
+                run()
+        except RuntimeError as error:
+            raise ValueError(f"{backend} does not serve this call ({str(error).splitlines()[0]})") from error
+        return run
+
+    return prepare
+
+
+def _peers(make: Callable[..., Callable[[], Any]]) -> dict[str, Callable[..., Callable[[], Any]]]:
+    pinned = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+    return {"sdpa": make, **{f"sdpa-{name}": _pinned(backend, make) for name, backend in pinned.items()}}
+
+
 _SIZES = {
     "[4,4,64,72]": (4, 4, 64, 72),
     "[8,16,256,72]": (8, 16, 256, 72),  # DiT-XL/2 at 256 x 256
@@ -334,7 +367,7 @@ reg.add(
         flops=_flops,
         shapes={name: _sized(size) for name, size in _SIZES.items()},
         scaling={"tokens N, 8 heads of 64": (2.0, {n: _sized((1, 8, n, 64)) for n in (128, 256, 512, 1024, 2048)})},
-        peers={"sdpa": _sdpa},
+        peers=_peers(_sdpa),
         take=_take,
         large="[8,16,256,72]",
         inplace=None,
@@ -390,7 +423,7 @@ reg.add(
         scaling={
             "tokens N, 16 heads of 72": (2.0, {n: _sized_packed((1, 16, n, 72)) for n in (128, 256, 512, 1024, 2048)})
         },
-        peers={"sdpa": _sdpa_packed},
+        peers=_peers(_sdpa_packed),
         take=_take,
         large="[8,16,256,72] norm, rope",
         inplace=None,

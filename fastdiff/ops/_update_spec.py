@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastdiff.ops import _philox, update
 from fastdiff.ops import _registry as reg
-from fastdiff.ops import update
 from fastdiff.ops._adaln_spec import _BAD_OUT, _option, _replace
 from fastdiff.ops._examples import dense, nbytes, randn
 
@@ -31,9 +32,26 @@ def _terms(rng: random.Random, shape: tuple[int, ...], count: int, dtype: torch.
     return terms
 
 
-def _number(rng: random.Random, low: float, high: float, batch: int, device: torch.device) -> Any:
-    """A float, or the same kind of number per sample."""
-    kind = rng.choice(["float", "f32", "f64", "scalar"])
+def _step(rng: random.Random, device: torch.device) -> torch.Tensor | None:
+    """Sometimes a counter, perhaps beyond the table."""
+    if rng.random() < 0.6:
+        return None
+    return torch.tensor(rng.choice([0, 1, _STEPS - 1, _STEPS + 3, -2]), device=device).reshape(rng.choice([(), (1,)]))
+
+
+_STEPS = 4
+
+
+def _number(
+    rng: random.Random, low: float, high: float, batch: int, device: torch.device, step: torch.Tensor | None = None
+) -> Any:
+    """A float, or the same kind of number per sample, or a table of such with a row for every step."""
+    if step is not None and rng.random() < 0.8:
+        shape = rng.choice([(_STEPS,), (_STEPS, batch), (batch, _STEPS)])
+        g = torch.Generator().manual_seed(rng.getrandbits(31))
+        table = low + (high - low) * torch.rand(shape, generator=g, dtype=rng.choice([torch.float32, torch.float64]))
+        return (table.mT if shape == (batch, _STEPS) and table.dim() == 2 else table).to(device)
+    kind = rng.choice(["float", "f32", "f64", "scalar"] if step is None else ["float", "scalar"])
     if kind == "float":
         return low + (high - low) * rng.random()
     count = () if kind == "scalar" else (batch,)
@@ -43,24 +61,36 @@ def _number(rng: random.Random, low: float, high: float, batch: int, device: tor
 
 def _example_linear(rng: random.Random, dtype: torch.dtype, device: torch.device) -> reg.Call:
     shape, count = _shape(rng), rng.choice([1, 2, 3, 4, 5, 8, 11])
-    terms = _terms(rng, shape, count, dtype, device)
-    return ([_number(rng, -2, 2, shape[0], device) for _ in range(count)], terms), {}
+    terms, step = _terms(rng, shape, count, dtype, device), _step(rng, device)
+    if step is not None and rng.random() < 0.3:
+        return (torch.rand(_STEPS, count, device=device, dtype=torch.float64), terms), {"step": step}
+    kwargs = {} if step is None else {"step": step}
+    return ([_number(rng, -2, 2, shape[0], device, step) for _ in range(count)], terms), kwargs
 
 
 def _example_euler(rng: random.Random, dtype: torch.dtype, device: torch.device) -> reg.Call:
     shape = _shape(rng)
     x, v, u = _terms(rng, shape, 3, dtype, device)
-    kwargs = {"uncond": u, "guidance_scale": rng.choice([1.0, 4.0, -0.5])} if rng.random() < 0.5 else {}
-    return (x, v, _number(rng, -0.5, 0.5, shape[0], device)), kwargs
+    kwargs: dict[str, Any] = {}
+    if rng.random() < 0.5:
+        kwargs.update(uncond=u, guidance_scale=rng.choice([1.0, 4.0, -0.5]))
+    if (step := _step(rng, device)) is not None:
+        kwargs["step"] = step
+    return (x, v, _number(rng, -0.5, 0.5, shape[0], device, step)), kwargs
 
 
 def _example_ddim(rng: random.Random, dtype: torch.dtype, device: torch.device) -> reg.Call:
     shape = _shape(rng)
     x, pred, uncond, noise = _terms(rng, shape, 4, dtype, device)
     eta = rng.choice([0.0, 0.0, 0.5, 1.0])
-    levels = (_number(rng, 0.02, 0.6, shape[0], device), _number(rng, 0.65, 0.99, shape[0], device))
+    step = _step(rng, device)
+    levels = (_number(rng, 0.02, 0.6, shape[0], device, step), _number(rng, 0.65, 0.99, shape[0], device, step))
     kwargs: dict[str, Any] = {"prediction": rng.choice(list(update.PREDICTIONS)), "eta": eta}
-    if eta > 0:
+    if step is not None:
+        kwargs["step"] = step
+    if eta > 0 and rng.random() < 0.5:
+        kwargs["seed"] = _seed(rng, shape[0], device)
+    elif eta > 0:
         kwargs["noise"] = noise
     elif rng.random() < 0.3:
         levels = levels[::-1]  # inversion
@@ -69,6 +99,42 @@ def _example_ddim(rng: random.Random, dtype: torch.dtype, device: torch.device) 
     if rng.random() < 0.5:
         kwargs["clip_sample"] = rng.choice([1.0, 0.3])
     return (x, pred, *levels), kwargs
+
+
+def _seed(rng: random.Random, batch: int, device: torch.device) -> int | torch.Tensor:
+    value = rng.randrange(-(1 << 63), 1 << 63)
+    kinds: list[tuple[int, ...]] = [(), (1,), (2,), (batch, 2)]
+    kind = rng.choice(kinds)
+    if not kind:
+        return value
+    count = math.prod(kind)
+    return torch.tensor([value, *(rng.randrange(1 << 62) for _ in range(count - 1))]).reshape(kind).to(device)
+
+
+def _take_update(b: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.Call:
+    """One sample: its columns of the tables, and its noise: from its own seed, or, where all share one, as a tensor."""
+    terms = args[1] if isinstance(args[0], (list, torch.Tensor)) and isinstance(args[1], list) else args[:2]
+    B, step = terms[0].shape[0], kwargs.get("step")
+
+    def coefficient(c: Any) -> Any:
+        if not isinstance(c, torch.Tensor) or c.dim() == 0:
+            return c
+        if step is not None:
+            return c[:, b : b + 1] if c.dim() == 2 and c.shape[1] == B else c
+        return c[b : b + 1] if c.shape[0] == B else c
+
+    kwargs = {k: v[b : b + 1] if k in ("noise", "uncond") else v for k, v in kwargs.items()}
+    seed = kwargs.pop("seed", None)
+    if isinstance(seed, torch.Tensor) and seed.dim() == 2:
+        kwargs["seed"] = seed[b : b + 1]
+    elif seed is not None:
+        kwargs["noise"] = _philox.philox_normal(terms[0].shape, seed, device=terms[0].device)[b : b + 1]
+    if terms is args[1]:
+        coefficients = args[0]
+        if isinstance(coefficients, list):
+            coefficients = [coefficient(c) for c in coefficients]
+        return (coefficients, [t[b : b + 1] for t in terms]), kwargs
+    return (*(t[b : b + 1] for t in terms), *map(coefficient, args[2:])), kwargs
 
 
 def _take(b: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.Call:
@@ -83,33 +149,41 @@ def _take(b: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.Call:
 # ------------------------------------------------------------------------------------------------------------ bounds
 
 
-def _bound_linear(dtype: torch.dtype, coefficients: Any, tensors: Any) -> tuple[torch.Tensor, ...]:
-    x = tensors[0]
-    return (sum((update._column(c, x, x.dtype) * t).abs() for c, t in zip(coefficients, tensors, strict=True)),)  # type: ignore[return-value]
+def _columns(coefficients: Any, x: Any, step: Any) -> list[torch.Tensor]:
+    coefficients = update._sequence("", "coefficients", coefficients, 0 if step is None else 1)
+    return [update._column(update._row(c, step), x, x.dtype) for c in coefficients]
 
 
-def _grad_bound_linear(dtype: torch.dtype, grads: Any, coefficients: Any, tensors: Any) -> dict[str, Any]:
-    x = tensors[0]
-    return {f"tensors[{i}]": (update._column(c, x, x.dtype) * grads[0]).abs() for i, c in enumerate(coefficients)}
+def _bound_linear(dtype: torch.dtype, coefficients: Any, tensors: Any, *, step: Any = None) -> tuple[torch.Tensor, ...]:
+    columns = _columns(coefficients, tensors[0], step)
+    return (sum((c * t).abs() for c, t in zip(columns, tensors, strict=True)),)  # type: ignore[return-value]
+
+
+def _grad_bound_linear(
+    dtype: torch.dtype, grads: Any, coefficients: Any, tensors: Any, *, step: Any = None
+) -> dict[str, Any]:
+    return {f"tensors[{i}]": (c * grads[0]).abs() for i, c in enumerate(_columns(coefficients, tensors[0], step))}
 
 
 def _bound_euler(dtype: torch.dtype, x: Any, velocity: Any, dt: Any, *, uncond: Any = None,
-                 guidance_scale: float = 1.0) -> tuple[torch.Tensor, ...]:  # fmt: skip
+                 guidance_scale: float = 1.0, step: Any = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
     v = velocity.abs() if uncond is None else abs(guidance_scale) * velocity.abs()
     v = v if uncond is None else v + (1 + abs(guidance_scale)) * uncond.abs()
-    return (x.abs() + update._column(dt, x, x.dtype).abs() * v,)
+    return (x.abs() + update._column(update._row(dt, step), x, x.dtype).abs() * v,)
 
 
 def _grad_bound_euler(dtype: torch.dtype, grads: Any, x: Any, velocity: Any, dt: Any, *, uncond: Any = None,
-                      guidance_scale: float = 1.0) -> dict[str, Any]:  # fmt: skip
+                      guidance_scale: float = 1.0, step: Any = None) -> dict[str, Any]:  # fmt: skip
     g = grads[0].abs()
-    step = g * update._column(dt, x, x.dtype).abs() * (1 + abs(guidance_scale))
-    return {"x": g, "velocity": step, "uncond": step}
+    part = g * update._column(update._row(dt, step), x, x.dtype).abs() * (1 + abs(guidance_scale))
+    return {"x": g, "velocity": part, "uncond": part}
 
 
-def _ddim_weights(x: Any, alpha_bar: Any, alpha_bar_next: Any, prediction: str, guidance: float) -> tuple[Any, ...]:
+def _ddim_weights(
+    x: Any, alpha_bar: Any, alpha_bar_next: Any, prediction: str, guidance: float, step: Any
+) -> tuple[Any, ...]:
     """How strongly x and the prediction enter, bounded by the sum over both ways (data and noise)."""
-    ab, ab_next = (update._column(v, x, torch.float64) for v in (alpha_bar, alpha_bar_next))
+    ab, ab_next = (update._column(update._row(v, step), x, torch.float64) for v in (alpha_bar, alpha_bar_next))
     a, s = ab.sqrt(), (1 - ab).sqrt()
     of_x, of_pred = {
         "epsilon": (1 / a, 1 + s / a),
@@ -123,19 +197,23 @@ def _ddim_weights(x: Any, alpha_bar: Any, alpha_bar_next: Any, prediction: str, 
 
 
 def _bound_ddim(dtype: torch.dtype, x: Any, pred: Any, alpha_bar: Any, alpha_bar_next: Any, *,
-                prediction: str = "epsilon", eta: float = 0.0, noise: Any = None, uncond: Any = None,
-                guidance_scale: float = 1.0, clip_sample: Any = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
+                prediction: str = "epsilon", eta: float = 0.0, noise: Any = None, seed: Any = None,
+                uncond: Any = None, guidance_scale: float = 1.0, clip_sample: Any = None,
+                step: Any = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
     guidance = 0.0 if uncond is None else guidance_scale
-    wx, wp, condition = _ddim_weights(x, alpha_bar, alpha_bar_next, prediction, guidance)
+    wx, wp, condition = _ddim_weights(x, alpha_bar, alpha_bar_next, prediction, guidance, step)
+    if seed is not None:
+        noise = _philox.draw(x.shape, seed, x.device)
     total = wx * x.abs() + wp * (pred.abs() if uncond is None else pred.abs() + uncond.abs())
     return (total if noise is None else total + condition * noise.abs(),)
 
 
 def _grad_bound_ddim(dtype: torch.dtype, grads: Any, x: Any, pred: Any, alpha_bar: Any, alpha_bar_next: Any, *,
-                     prediction: str = "epsilon", eta: float = 0.0, noise: Any = None, uncond: Any = None,
-                     guidance_scale: float = 1.0, clip_sample: Any = None) -> dict[str, Any]:  # fmt: skip
+                     prediction: str = "epsilon", eta: float = 0.0, noise: Any = None, seed: Any = None,
+                     uncond: Any = None, guidance_scale: float = 1.0, clip_sample: Any = None,
+                     step: Any = None) -> dict[str, Any]:  # fmt: skip
     guidance = 0.0 if uncond is None else guidance_scale
-    wx, wp, condition = _ddim_weights(x, alpha_bar, alpha_bar_next, prediction, guidance)
+    wx, wp, condition = _ddim_weights(x, alpha_bar, alpha_bar_next, prediction, guidance, step)
     g = grads[0].abs()
     return {"x": wx * g, "pred": wp * g, "uncond": wp * g, "noise": condition * g}
 
@@ -160,7 +238,40 @@ def _set(index: int) -> Callable[[Any], Callable[..., reg.Call]]:
     return lambda value: _replace(index, lambda _: value)
 
 
+_BAD_STEP = [
+    ("step is a number", _option(step=3), TypeError, ("step", "int64", "int")),
+    ("step of another type", _option(step=torch.tensor([1.0])), TypeError, ("step", "int64", "float32")),
+    ("step of two elements", _option(step=torch.tensor([0, 1])), ValueError, ("step", "one element", "(2,)")),
+    ("step on another device", _option(step=torch.zeros(1, dtype=torch.int64, device="meta")), ValueError,
+     ("step", "meta")),
+]  # fmt: skip
+
+
+def _bad_table(call: Callable[[Any, Any, Any], tuple[Any, ...]], name: str) -> list[Any]:
+    """`call(arguments, table, another)`: the arguments with these two coefficients."""
+
+    def make(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[..., reg.Call]:
+        return lambda a, k: (
+            call(a, first(), second()),
+            {**k, "step": torch.zeros(1, dtype=torch.int64, device=reg.tensors_in(a)[0].device)},
+        )
+
+    table = torch.full((5,), 0.5)
+    return [
+        (f"{name}: a table without steps", make(lambda: table[:0], lambda: 0.5), ValueError, (name, "at least 1")),
+        (f"{name}: a table for another batch", make(lambda: torch.rand(5, 7), lambda: 0.5), ValueError,
+         (name, "[steps, B]", "(5, 7)")),
+        (f"{name}: a table of three dimensions", make(lambda: torch.rand(5, 1, 1), lambda: 0.5), ValueError,
+         (name, "[steps, B]")),
+    ]  # fmt: skip
+
+
 _BAD_LINEAR = [
+    *_BAD_STEP,
+    *_bad_table(lambda a, t, other: ([t, other], [a[1][0], a[1][0]]), "coefficients[0]"),
+    ("tables of different lengths",
+     lambda a, k: (([torch.rand(5), torch.rand(4)], [a[1][0], a[1][0]]), {"step": torch.tensor([0])}), ValueError,
+     ("coefficients[1]", "steps 5", "(4,)")),
     ("out of another shape, many terms", lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"out": a[1][0][:0]}), ValueError,
      ("out", "shape")),
     ("a bad tensor far back", lambda a, k: (([1.0] * 10, [*[a[1][0]] * 9, None]), k), TypeError, ("tensors[9]",)),
@@ -218,17 +329,23 @@ reg.add(
         function=update.linear_update,
         reference=update.linear_update_reference,
         example=_example_linear,
-        lower=lambda coefficients, tensors: _lower("linear_update", coefficients, tensors, None),
+        lower=lambda coefficients, tensors, *, step=None: _lower(
+            "linear_update",
+            update._sequence("linear_update", "coefficients", coefficients, 0 if step is None else 1)[: len(tensors)],
+            tensors,
+            None,
+            step,
+        ),
         bound=_bound_linear,
         grad_bound=_grad_bound_linear,
         differentiable=tuple(f"tensors[{i}]" for i in range(11)),
-        growth=lambda coefficients, tensors: float(len(tensors)),
+        growth=lambda coefficients, tensors, **_: float(len(tensors)),
         bad=_BAD_LINEAR,
-        bytes=lambda coefficients, tensors: nbytes(*tensors) + nbytes(tensors[0]),
-        flops=lambda coefficients, tensors: 2 * len(tensors) * tensors[0].numel(),
+        bytes=lambda coefficients, tensors, **_: nbytes(*tensors) + nbytes(tensors[0]),
+        flops=lambda coefficients, tensors, **_: 2 * len(tensors) * tensors[0].numel(),
         shapes=_shapes(lambda *t: (([0.7, 0.5, -0.2, 0.1], list(t)), {}), 4),
         scaling=_scaling(lambda *t: (([0.7, 0.5, -0.2, 0.1], list(t)), {}), 4),
-        take=_take,
+        take=_take_update,
         large="(8,4,128,128)",
         inplace=None,  # tensors come as a list
     )
@@ -240,11 +357,12 @@ reg.add(
         function=update.euler_step,
         reference=update.euler_step_reference,
         example=_example_euler,
-        lower=lambda x, velocity, dt, *, uncond=None, guidance_scale=1.0: _lower(
+        lower=lambda x, velocity, dt, *, uncond=None, guidance_scale=1.0, step=None: _lower(
             "euler_step",
             [1.0, dt] if uncond is None else [1.0, dt * guidance_scale, dt * (1.0 - guidance_scale)],
             [x, velocity] if uncond is None else [x, velocity, uncond],
             None,
+            step,
         ),
         bound=_bound_euler,
         grad_bound=_grad_bound_euler,
@@ -254,17 +372,17 @@ reg.add(
             ("velocity of another shape", _replace(1, _other_shape), ValueError, ("velocity", "shape")),
             ("velocity on another device", _replace(1, lambda t: t.to("meta")), ValueError, ("velocity", "meta")),
             ("x is None", _replace(0, lambda t: None), TypeError, ("x", "Tensor")),
-            *_bad_number(_set(2), "dt"),
+            *_bad_number(_set(2), "dt"), *_BAD_STEP, *_bad_table(lambda a, t, _: (*a[:2], t), "dt"),
             *_BAD_OUT,
         ],
         bytes=lambda x, velocity, dt, *, uncond=None, **_: nbytes(x, velocity, uncond) + nbytes(x),
         flops=lambda x, *_, uncond=None, **__: (2 if uncond is None else 4) * x.numel(),
         shapes=_shapes(lambda x, v, u: ((x, v, 0.02), {"uncond": u, "guidance_scale": 4.0}), 3),
         scaling=_scaling(lambda x, v, u: ((x, v, 0.02), {"uncond": u, "guidance_scale": 4.0}), 3),
-        take=_take,
+        take=_take_update,
         large="(8,4,128,128)",
     )
-)
+)  # fmt: skip
 
 reg.add(
     reg.OpSpec(
@@ -272,11 +390,12 @@ reg.add(
         function=update.ddim_step,
         reference=update.ddim_step_reference,
         example=_example_ddim,
-        lower=lambda x, pred, ab, ab_next, *, prediction="epsilon", eta=0.0, noise=None, uncond=None,
-        guidance_scale=1.0, clip_sample=None: _lower(
+        lower=lambda x, pred, ab, ab_next, *, prediction="epsilon", eta=0.0, noise=None, seed=None, uncond=None,
+        guidance_scale=1.0, clip_sample=None, step=None: _lower(
             "ddim_step", [ab, ab_next], [t for t in (x, pred, uncond, noise if eta > 0 else None) if t is not None],
             (update.PREDICTIONS[prediction], eta, 1.0 if uncond is None else guidance_scale, uncond is not None,
-             eta > 0, -1.0 if clip_sample is None else clip_sample),
+             eta > 0 and noise is not None, -1.0 if clip_sample is None else clip_sample),
+            step, seed if eta > 0 else None,
         ),
         bound=_bound_ddim,
         grad_bound=_grad_bound_ddim,
@@ -293,7 +412,18 @@ reg.add(
             *_bad_number(_set(2), "alpha_bar"), *_bad_number(_set(3), "alpha_bar_next"),
             ("unknown prediction", _option(prediction="score"), ValueError, ("prediction", "'score'")),
             ("negative eta", _option(eta=-0.1), ValueError, ("eta", "-0.1")),
-            ("eta without noise", _option(eta=0.5, noise=None), ValueError, ("noise", "eta > 0")),
+            ("eta without noise", _option(eta=0.5, noise=None), ValueError, ("noise", "seed", "eta > 0")),
+            ("noise and a seed", lambda a, k: (a, {**k, "eta": 0.5, "noise": a[0], "seed": 1}), ValueError,
+             ("seed", "None beside noise", "int")),
+            ("a seed too large", _option(eta=0.5, seed=1 << 63), ValueError, ("seed", "2^63", str(1 << 63))),
+            ("a seed that is a float", _option(eta=0.5, seed=0.5), TypeError, ("seed", "integer", "float")),
+            ("a seed that is true", _option(eta=0.5, seed=True), TypeError, ("seed", "integer", "bool")),
+            ("a seed of another type", _option(eta=0.5, seed=torch.zeros(1)), TypeError, ("seed", "int64", "float32")),
+            ("a seed of another shape", _option(eta=0.5, seed=torch.zeros(3, dtype=torch.int64)), ValueError,
+             ("seed", "(2,)", "(3,)")),
+            ("a seed on another device", _option(eta=0.5, seed=torch.zeros(1, dtype=torch.int64, device="meta")),
+             ValueError, ("seed", "meta")),
+            *_BAD_STEP, *_bad_table(lambda a, t, other: (*a[:2], t, other), "alpha_bar"),
             ("negative clip_sample", _option(clip_sample=-1.0), ValueError, ("clip_sample", "-1")),
             *_BAD_OUT,
         ],
@@ -308,14 +438,17 @@ reg.add(
         },
         scaling=_scaling(lambda x, e: ((x, e, 0.3, 0.5), {}), 2),
         peers={"diffusers": _diffusers_ddim},
-        take=_take,
+        take=_take_update,
         large="(8,4,128,128)",
     )
 )  # fmt: skip
 
 
-def _lower(op: str, coefficients: Any, terms: Any, rule: Any) -> tuple[Any, tuple[Any, ...]]:
-    checked = update._check(op, coefficients, terms, rule)
+def _lower(
+    op: str, coefficients: Any, terms: Any, rule: Any, step: Any, seed: Any = None
+) -> tuple[Any, tuple[Any, ...]]:
+    checked = update._check(op, coefficients, terms, rule, step, seed)
     values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
     tables = [c if isinstance(c, torch.Tensor) else None for c in checked]
-    return torch.ops.fastdiff.update.default, (terms, values, tables, *(rule or update._LINEAR))
+    source = update._source(step, seed)
+    return torch.ops.fastdiff.update.default, (terms, values, tables, *(rule or update._LINEAR), *source)

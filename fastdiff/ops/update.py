@@ -8,6 +8,18 @@ Shapes: every tensor has the shape of x, [B, ...] with any trailing dimensions; 
 [B] (also [B, 1, ..., 1], [1] or []), float32 or float64 for full precision. dtypes float32, float16, bfloat16 in any
 mixture; arithmetic in float32; the result has the dtype of x. Tensors laid out like x (contiguous, or dense in any
 order with the batch outermost, e.g. channels-last) are read in place; others are copied into that layout first.
+
+A whole sampling loop as one CUDA graph: with ``step=``, a counter on the device, coefficients are tables with a row for
+every step, and the kernel reads the row that the counter names; a ``seed=`` (seed, offset) on the device makes fresh
+noise at every replay. One counter can be both::
+
+    seed = torch.tensor([1234, 0], device="cuda")
+    step = seed[1:]                                   # the offset of the noise is the number of the step
+    with torch.cuda.graph(graph):                     # tables alpha_bar, alpha_bar_next: [steps]
+        ddim_step(x, model(x, times[step]), alpha_bar, alpha_bar_next, eta=1.0, seed=seed, step=step, out=x)
+        step.add_(1)
+    for _ in range(steps):
+        graph.replay()
 """
 
 from __future__ import annotations
@@ -18,6 +30,7 @@ from typing import Any
 import torch
 
 from fastdiff import _native
+from fastdiff.ops import _philox
 from fastdiff.ops import _registry as reg
 
 Number = float | torch.Tensor
@@ -31,13 +44,20 @@ _COEFFICIENT_CODES = {torch.float32: 0, torch.float64: _native.FLOAT64_CODE}
 
 
 def linear_update(
-    coefficients: Sequence[Number], tensors: Sequence[torch.Tensor], *, out: torch.Tensor | None = None
+    coefficients: Sequence[Number] | torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    *,
+    step: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``sum_i coefficients[i] * tensors[i]`` in one pass, differentiable in tensors and coefficients.
 
     Args:
-        coefficients: one float or tensor [B] per tensor.
-        tensors: any number of tensors [B, ...], all of one shape. More than 8 take several passes.
+        coefficients: one float or tensor [B] per tensor; a tensor [n, ...] stands for its n rows.
+        tensors: any number n of tensors [B, ...], all of one shape. More than 8 take several passes.
+        step: int64 with one element, on the device of the tensors: every coefficient that is a tensor is a table
+            [steps] or [steps, B], of which this row counts, and a tensor [steps, n, ...] stands for n tables. It is
+            read on the device; below 0 it means the first row, beyond the table the last.
         out: shape and dtype of tensors[0]; written and returned. May be one of the tensors. Not differentiable.
 
     Returns:
@@ -48,18 +68,20 @@ def linear_update(
         TypeError: an argument is not a floating-point tensor or number.
     """
     op = "linear_update"
-    coefficients, tensors = _sequence(op, "coefficients", coefficients), _sequence(op, "tensors", tensors)
+    coefficients = _sequence(op, "coefficients", coefficients, 0 if step is None else 1)
+    tensors = _sequence(op, "tensors", tensors)
     if not tensors:
         reg.fail(op, "tensors", "at least one tensor", "none")
     if len(coefficients) != len(tensors):
         reg.fail(op, "coefficients", f"one per tensor, {len(tensors)}", len(coefficients))
     if len(tensors) <= MAX_TERMS:
-        return _serve(op, coefficients, tensors, None, out, _linear_reference)
-    checked = _check(op, coefficients, tensors, None)
+        return _serve(op, coefficients, tensors, None, out, _linear_reference, step)
+    checked = _check(op, coefficients, tensors, None, step)
     if out is not None:
         reg.check_out(op, out, tensors[0], (*tensors, *(c for c in checked if isinstance(c, torch.Tensor))), tensors)
-    head = linear_update(coefficients[: MAX_TERMS - 1], [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]])
-    rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]])
+    first = [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]]
+    head = linear_update(coefficients[: MAX_TERMS - 1], first, step=step)
+    rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]], step=step)
     rest = rest.to(tensors[0].dtype)
     return rest if out is None else out.copy_(rest)
 
@@ -71,6 +93,7 @@ def euler_step(
     *,
     uncond: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
+    step: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x + dt * v`` with ``v = uncond + guidance_scale * (velocity - uncond)``, differentiable in every tensor.
@@ -81,6 +104,8 @@ def euler_step(
         dt: the step, float or [B].
         uncond: shape of x, the unconditional velocity; None for no guidance.
         guidance_scale: 1 keeps the conditional velocity; used only with `uncond`.
+        step: int64 with one element, on the device of x: `dt`, if a tensor, is a table [steps] or [steps, B], of which
+            this row counts; read on the device, beyond the table its first or last row.
         out: shape and dtype of x; written and returned. May be one of the tensors. Not differentiable.
 
     Returns:
@@ -93,7 +118,7 @@ def euler_step(
     if type(dt) is int:
         dt = float(dt)
     if uncond is None:
-        return _serve("euler_step", [1.0, dt], [x, velocity], None, out, _linear_reference)
+        return _serve("euler_step", [1.0, dt], [x, velocity], None, out, _linear_reference, step)
     # Finite floats, the usual case, need no more looking at; x - x is 0 for these alone.
     guidance = guidance_scale
     if type(guidance) is not float or guidance - guidance != 0.0:
@@ -106,7 +131,7 @@ def euler_step(
     else:
         dt = dt.double()  # the product is rounded once, whatever type dt came in
     coefficients = [1.0, dt * guidance, dt * (1.0 - guidance)]
-    return _serve("euler_step", coefficients, [x, velocity, uncond], None, out, _linear_reference)
+    return _serve("euler_step", coefficients, [x, velocity, uncond], None, out, _linear_reference, step)
 
 
 def ddim_step(
@@ -118,9 +143,11 @@ def ddim_step(
     prediction: str = "epsilon",
     eta: float = 0.0,
     noise: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
     uncond: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     clip_sample: float | None = None,
+    step: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One DDIM step from `alpha_bar` to `alpha_bar_next`, differentiable in every tensor.
@@ -141,10 +168,15 @@ def ddim_step(
         prediction: what `pred` is: ``"epsilon"`` e; ``"v"`` sqrt(alpha_bar) e - sqrt(1 - alpha_bar) x0; ``"sample"``
             x0; ``"flow"`` x0 - e.
         eta: stochasticity, >= 0.
-        noise: shape of x, standard normal; needed when eta > 0, ignored otherwise.
+        noise: shape of x, standard normal; this or `seed` is needed when eta > 0, and ignored otherwise.
+        seed: draw the noise here, as `philox_normal` does: an integer; or int64 on the device of x, [1] (seed), [2]
+            (seed, offset) or, a pair per sample, [B, 2], which is read on the device. A step's noise should not be that
+            of another: give every step a seed or an offset of its own.
         uncond: shape of x, the unconditional output; the guided one is uncond + guidance_scale (pred - uncond).
         guidance_scale: used only with `uncond`.
         clip_sample: clamp x0 to [-clip_sample, clip_sample]; e stays as predicted. None: no clamp.
+        step: int64 with one element, on the device of x: levels that are tensors are tables [steps] or [steps, B], of
+            which this row counts; read on the device, beyond the table its first or last row.
         out: shape and dtype of x; written and returned. May be one of the tensors. Not differentiable.
 
     Returns:
@@ -160,28 +192,36 @@ def ddim_step(
         reg.fail(op, "prediction", f"one of {tuple(PREDICTIONS)}", repr(prediction))
     if type(eta) is not float or not 0 <= eta < 1e30:
         eta = reg.number(op, "eta", eta, low=0.0)
-    if eta > 0 and noise is None:
-        reg.fail(op, "noise", "a tensor of the shape of x because eta > 0", "None")
+    if noise is not None and seed is not None:
+        reg.fail(op, "seed", "None beside noise", type(seed).__name__)
+    if eta > 0 and noise is None and seed is None:
+        reg.fail(op, "noise", "a tensor of the shape of x, or a seed, because eta > 0", "None")
     guidance = 1.0 if uncond is None else reg.number(op, "guidance_scale", guidance_scale)
     clip = -1.0 if clip_sample is None else reg.number(op, "clip_sample", clip_sample, low=0.0)
     terms = [x, pred]
     if uncond is not None:
         terms.append(uncond)
-    if eta > 0:
-        terms.append(noise)  # type: ignore[arg-type]
+    if eta > 0 and noise is not None:
+        terms.append(noise)
     plain = not torch.compiler.is_compiling() and type(alpha_bar) is type(alpha_bar_next) is float
     if not (plain and 0.0 < alpha_bar < 1.0 and 0.0 < alpha_bar_next <= 1.0):
         _check_levels(alpha_bar, alpha_bar_next, prediction, eta)
-    rule = (PREDICTIONS[prediction], eta, guidance, uncond is not None, eta > 0, clip)
-    return _serve(op, [alpha_bar, alpha_bar_next], terms, rule, out, _ddim_reference)
+    rule = (PREDICTIONS[prediction], eta, guidance, uncond is not None, eta > 0 and noise is not None, clip)
+    return _serve(op, [alpha_bar, alpha_bar_next], terms, rule, out, _ddim_reference, step, seed)
 
 
 # ------------------------------------------------------------------------------------------------------- references
 
 
-def linear_update_reference(coefficients: Sequence[Number], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def linear_update_reference(
+    coefficients: Sequence[Number] | torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    *,
+    step: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`linear_update` in plain PyTorch: any device, float64 included, differentiable to any order."""
-    return _linear_reference(coefficients, tensors, None)
+    coefficients = _sequence("linear_update", "coefficients", coefficients, 0 if step is None else 1)
+    return _linear_reference([_row(c, step) for c in coefficients], tensors, None)
 
 
 def euler_step_reference(
@@ -191,13 +231,14 @@ def euler_step_reference(
     *,
     uncond: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
+    step: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`euler_step` in plain PyTorch: any device, float64 included, differentiable to any order."""
     wide = _wide(x)
     v = velocity.to(wide)
     if uncond is not None:
         v = uncond.to(wide) + guidance_scale * (v - uncond.to(wide))
-    return (x.to(wide) + _column(dt, x, wide) * v).to(x.dtype)
+    return (x.to(wide) + _column(_row(dt, step), x, wide) * v).to(x.dtype)
 
 
 def ddim_step_reference(
@@ -209,13 +250,15 @@ def ddim_step_reference(
     prediction: str = "epsilon",
     eta: float = 0.0,
     noise: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
     uncond: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     clip_sample: float | None = None,
+    step: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`ddim_step` in plain PyTorch: any device, float64 included, differentiable to any order."""
     wide = _wide(x)
-    ab, ab_next = _column(alpha_bar, x, torch.float64), _column(alpha_bar_next, x, torch.float64)
+    ab, ab_next = (_column(_row(level, step), x, torch.float64) for level in (alpha_bar, alpha_bar_next))
     a, s = ab.sqrt(), (1 - ab).clamp(min=0).sqrt()
     h, g = x.to(wide), pred.to(wide)
     if uncond is not None:
@@ -237,12 +280,16 @@ def ddim_step_reference(
         sigma = eta * ((1 - ab_next) / (1 - ab) * (1 - ab / ab_next)).clamp(min=0).sqrt()
     result = ab_next.sqrt().to(wide) * data + (1 - ab_next - sigma**2).clamp(min=0).sqrt().to(wide) * e
     if eta > 0:
-        assert noise is not None
+        if noise is None:
+            assert seed is not None
+            noise = _philox.draw(x.shape, seed, x.device)
         result = result + sigma.to(wide) * noise.to(wide)
     return result.to(x.dtype)
 
 
-def _linear_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: object) -> torch.Tensor:
+def _linear_reference(
+    coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: object, seed: None = None
+) -> torch.Tensor:
     x = terms[0]
     wide = _wide(x)
     total = _column(coefficients[0], x, wide) * x.to(wide)
@@ -251,7 +298,9 @@ def _linear_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tens
     return total.to(x.dtype)
 
 
-def _ddim_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: Any) -> torch.Tensor:
+def _ddim_reference(
+    coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: Any, seed: int | torch.Tensor | None = None
+) -> torch.Tensor:
     code, eta, guidance, has_uncond, has_noise, clip = rule
     rest = list(terms[2:])
     return ddim_step_reference(
@@ -263,6 +312,7 @@ def _ddim_reference(coefficients: Sequence[Number], terms: Sequence[torch.Tensor
         eta=eta,
         uncond=rest.pop(0) if has_uncond else None,
         noise=rest.pop(0) if has_noise else None,
+        seed=seed,
         guidance_scale=guidance,
         clip_sample=None if clip < 0 else clip,
     )
@@ -273,6 +323,13 @@ _PREDICTION_NAMES = {code: name for name, code in PREDICTIONS.items()}
 
 def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _row(c: Number, step: torch.Tensor | None) -> Number:
+    """What a coefficient is in this step: a row of a table, or what it always is."""
+    if step is None or not isinstance(c, torch.Tensor) or c.dim() == 0:
+        return c
+    return c.index_select(0, step.reshape(1).clamp(0, c.shape[0] - 1))[0]
 
 
 def _column(c: Number, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -286,11 +343,11 @@ def _column(c: Number, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------- validation
 
 
-def _sequence(op: str, argument: str, value: Any) -> list[Any]:
+def _sequence(op: str, argument: str, value: Any, dim: int = 0) -> list[Any]:
     if isinstance(value, (list, tuple)):
         return list(value)
-    if isinstance(value, torch.Tensor) and argument == "coefficients" and value.dim() > 0:
-        return list(value.unbind(0))
+    if isinstance(value, torch.Tensor) and argument == "coefficients" and value.dim() > dim:
+        return list(value.unbind(dim))
     reg.fail(op, argument, "a list or tuple", type(value).__name__, TypeError)
 
 
@@ -323,88 +380,144 @@ def _coefficient_names(op: str, count: int) -> list[str]:
     return ["", "dt", "dt"] if op == "euler_step" else ["alpha_bar", "alpha_bar_next"]
 
 
-def _check(op: str, coefficients: Sequence[Any], terms: Sequence[Any], rule: Any) -> list[Number]:
-    """The whole contract; returns the coefficients as floats and as tensors [B], float32 or float64."""
+def _check(
+    op: str,
+    coefficients: Sequence[Any],
+    terms: Sequence[Any],
+    rule: Any,
+    step: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
+) -> list[Number]:
+    """The whole contract; returns the coefficients as floats and as tensors [B] or, where there is a step,
+    [steps, B], float32 or float64."""
     names = _names(op, len(terms), rule)
     x = terms[0]
     for name, t in zip(names, terms, strict=True):
         reg.check_tensor(op, name, t, x if isinstance(x, torch.Tensor) else None)
         if t.shape != x.shape:
             reg.fail(op, name, f"the shape of {names[0]}, {tuple(x.shape)}", tuple(t.shape))
+    batch = x.shape[0] if x.dim() else 1
+    if seed is not None:
+        _philox.check_seed(op, seed, batch, x.numel() // max(batch, 1), x.device)
+    if step is not None:
+        _check_step(op, step, x)
     checked: list[Number] = []
+    steps = 0  # rows of every table; 0: none seen yet
     for name, c in zip(_coefficient_names(op, len(coefficients)), coefficients, strict=False):
         if not isinstance(c, torch.Tensor):
             checked.append(reg.number(op, name, c))
             continue
-        batch = x.shape[0] if x.dim() else 1
         if not c.is_floating_point():
             reg.fail(op, name, "a floating-point tensor or a number", c.dtype, TypeError)
-        if c.numel() != 1 and not (c.numel() == batch and c.dim() >= 1 and c.shape[0] == batch):
+        table = step is not None and c.dim() > 0
+        if table:
+            steps = steps or c.shape[0]
+            if c.dim() > 2 or c.shape[0] != steps or steps == 0 or (c.dim() == 2 and c.shape[1] not in (1, batch)):
+                expected = steps or "at least 1"
+                reg.fail(op, name, f"a table [steps] or [steps, B], steps {expected}, B {batch}", tuple(c.shape))
+        elif c.numel() != 1 and not (c.numel() == batch and c.dim() >= 1 and c.shape[0] == batch):
             reg.fail(op, name, f"a number or a tensor of shape [B] = ({batch},)", tuple(c.shape))
         if c.device != x.device and not (c.dim() == 0 and c.device.type == "cpu"):
             reg.fail(op, name, f"a tensor on {x.device}", c.device)
         c = c.resolve_neg()
         c = c.to(x.device) if c.dtype in _COEFFICIENT_CODES else c.to(x.device, torch.float32)
-        checked.append(c.reshape(-1).expand(batch).contiguous() if x.dim() else c.reshape(1))
+        if table:
+            checked.append(c.reshape(steps, -1).expand(steps, batch))
+        elif step is not None:
+            checked.append(c.reshape(1, 1).expand(steps or 1, batch))
+        else:
+            checked.append(c.reshape(-1).expand(batch).contiguous() if x.dim() else c.reshape(1))
+    if step is not None:  # a constant may have come before the first table
+        checked = [c.expand(steps or 1, batch) if isinstance(c, torch.Tensor) else c for c in checked]
     return checked
+
+
+def _check_step(op: str, step: object, x: torch.Tensor) -> None:
+    if not isinstance(step, torch.Tensor):
+        reg.fail(op, "step", "an int64 tensor", type(step).__name__, TypeError)
+    if step.dtype != torch.int64:
+        reg.fail(op, "step", "an int64 tensor", step.dtype, TypeError)
+    if step.numel() != 1:
+        reg.fail(op, "step", "one element", tuple(step.shape))
+    if step.device != x.device:
+        reg.fail(op, "step", f"a tensor on {x.device}", step.device)
 
 
 # -------------------------------------------------------------------------------------------------- native functions
 
 
 def _serve(
-    op: str, coefficients: list[Any], terms: list[Any], rule: Any, out: torch.Tensor | None, reference: Any
+    op: str,
+    coefficients: list[Any],
+    terms: list[Any],
+    rule: Any,
+    out: torch.Tensor | None,
+    reference: Any,
+    step: torch.Tensor | None = None,
+    seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if fast := reg.fast(terms[0]):
+    if step is None and seed is None and (fast := reg.fast(terms[0])):
         result = torch.empty_like(terms[0]) if out is None else out
         if fast.fast_update(torch.is_grad_enabled(), out is None, terms, coefficients, rule, result):
             reg.written(out)
             return result
     way = reg.route(op, terms)
-    checked = _check(op, coefficients, terms, rule)
+    checked = _check(op, coefficients, terms, rule, step, seed)
+    if rule and rule[1] <= 0:
+        seed = None
     learned = reg.learned(checked)
     if learned and _native.backend == "native":
         raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: {reg.LEARNED}')
     if out is not None:
         reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
     if way is reg.REFERENCE or learned:
-        result = reference(checked, terms, rule)
+        result = reference([_row(c, step) for c in checked], terms, rule, seed)
         return result if out is None else out.copy_(result)
     values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
     tables = [c if isinstance(c, torch.Tensor) else None for c in checked]
+    source = _source(step, seed)
     if out is not None:
-        reg.call(_update_out_op, _update_out, terms, values, tables, *(rule or _LINEAR), out)
+        reg.call(_update_out_op, _update_out, terms, values, tables, *(rule or _LINEAR), *source, out)
         reg.written(out)
         return out
     if way is reg.GRAD:
-        return _Update.apply(len(terms), values, rule or _LINEAR, reference, *reg.distinct(*terms, *tables))
-    return reg.call(_update_op, _update, terms, values, tables, *(rule or _LINEAR))
+        tensors = reg.distinct(*terms, *tables, *source[:2])
+        return _Update.apply(len(terms), values, rule or _LINEAR, source[2], reference, *tensors)
+    return reg.call(_update_op, _update, terms, values, tables, *(rule or _LINEAR), *source)
 
 
 # The rule of a linear update, in the place of DDIM's (prediction, eta, guidance, has_uncond, has_noise, clip).
 _LINEAR = (-1, 0.0, 1.0, False, False, -1.0)
 
 
+def _source(step: torch.Tensor | None, seed: int | torch.Tensor | None) -> tuple[Any, Any, int | None]:
+    """(step, seed tensor, seed value): of the last two one at most is not None."""
+    if seed is None or isinstance(seed, torch.Tensor):
+        return step, seed, None
+    return step, None, seed
+
+
 def _update(  # type: ignore[no-untyped-def]
-    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip
+    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, step, seed, seed_value
 ) -> torch.Tensor:
-    out = _new_like(terms[0])
-    _launch(terms, values, tables, (prediction, eta, guidance, has_uncond, has_noise, clip), out)
+    out = _new_out(terms[0], seed, seed_value)
+    rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
+    _launch(terms, values, tables, rule, (step, seed, seed_value), out)
     return out
 
 
 def _update_out(  # type: ignore[no-untyped-def]
-    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, out
+    terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, step, seed, seed_value, out
 ) -> None:
-    rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
-    if _is_dense(out):
-        _launch(terms, values, tables, rule, out)
+    rule, source = (prediction, eta, guidance, has_uncond, has_noise, clip), (step, seed, seed_value)
+    if out.is_contiguous() or (_is_dense(out) and seed is None and seed_value is None):
+        _launch(terms, values, tables, rule, source, out)
     else:
-        out.copy_(_update(terms, values, tables, *rule))
+        out.copy_(_update(terms, values, tables, *rule, *source))
 
 
-def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) -> None:
-    B, M, operands, arguments = _operands(terms, values, tables, rule, out)
+def _launch(terms: Any, values: Any, tables: Any, rule: Any, source: Any, out: torch.Tensor) -> None:
+    B, M, operands, arguments, native_source = _operands(terms, values, tables, rule, source, out)
     device, stream = _native.place(out)
     if M:
         ext = _native.extension
@@ -415,6 +528,7 @@ def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) 
             M,
             tuple([(t.data_ptr(), _CODES[t.dtype]) for t in operands]),
             arguments,
+            native_source,
             rule[0] >= 0,
             out.data_ptr(),
             _CODES[out.dtype],
@@ -422,14 +536,33 @@ def _launch(terms: Any, values: Any, tables: Any, rule: Any, out: torch.Tensor) 
 
 
 def _operands(
-    terms: Any, values: Any, tables: Any, rule: Any, like: torch.Tensor
-) -> tuple[int, int, Any, tuple[Any, ...]]:
-    """B, M, the terms laid out like `like`, and the coefficients for the native side."""
-    B, coefficients = 1, tuple(values)
-    if tables is not None and any(t is not None for t in tables):
+    terms: Any, values: Any, tables: Any, rule: Any, source: Any, like: torch.Tensor
+) -> tuple[int, int, Any, tuple[Any, ...], Any]:
+    """B, M, the terms laid out like `like`, the coefficients and where rows and noise come from, as the native side
+    takes them."""
+    B, coefficients, native_source = 1, tuple(values), None
+    given = [t for t in tables if t is not None]
+    if given:
         B = like.shape[0] if like.dim() else 1
         coefficients = tuple(
-            v if t is None else (t.data_ptr(), _COEFFICIENT_CODES[t.dtype]) for v, t in zip(values, tables, strict=True)
+            v
+            if t is None
+            else (t.data_ptr(), _COEFFICIENT_CODES[t.dtype], t.stride(0) if t.dim() == 2 else 0, t.stride(-1))
+            for v, t in zip(values, tables, strict=True)
+        )
+    step, seed, seed_value = source
+    draws = seed is not None or seed_value is not None
+    if draws:
+        B = like.shape[0] if like.dim() else 1
+    if draws or step is not None:
+        native_source = (
+            0 if step is None else step.data_ptr(),
+            given[0].shape[0] if step is not None and given else 1,
+            draws,
+            seed_value or 0,
+            0 if seed is None else seed.data_ptr(),
+            seed is not None and seed.shape[-1] == 2,
+            seed is not None and seed.dim() == 2,
         )
     if like.is_contiguous():
         for t in terms:
@@ -440,7 +573,7 @@ def _operands(
         strides = like.stride()
         terms = [t if t.stride() == strides else torch.empty_like(like, dtype=t.dtype).copy_(t) for t in terms]
     size = like.numel()
-    return B, size // B if size else 0, terms, coefficients if rule[0] < 0 else (*coefficients, *rule)
+    return B, size // B if size else 0, terms, coefficients if rule[0] < 0 else (*coefficients, *rule), native_source
 
 
 def _is_dense(t: torch.Tensor) -> bool:
@@ -463,11 +596,18 @@ def _new_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor
     return torch.empty_like(x, dtype=dtype, memory_format=layout)
 
 
+def _new_out(x: torch.Tensor, seed: torch.Tensor | None, seed_value: int | None) -> torch.Tensor:
+    """The output of an update. Noise that is drawn counts elements in their logical order."""
+    if seed is None and seed_value is None:
+        return _new_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # ---------------------------------------------------------------------------------------------------------- gradient
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, wanted
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, step, wanted
 ) -> list[torch.Tensor]:
     """Gradients of the terms: `wanted` holds each one's dtype code, or -1 where no gradient is wanted.
 
@@ -475,7 +615,8 @@ def _backward(  # type: ignore[no-untyped-def]
     """
     rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
     like = _new_like(grad)
-    B, M, (grad, *terms), arguments = _operands([grad, *terms], values, tables, rule, like)
+    operands = _operands([grad, *terms], values, tables, rule, (step, None, None), like)
+    B, M, (grad, *terms), arguments, native_source = operands
     grads = [None if code < 0 else torch.empty_like(like, dtype=_DTYPES[code]) for code in wanted]
     device, stream = _native.place(grad)
     if M:
@@ -487,6 +628,7 @@ def _backward(  # type: ignore[no-untyped-def]
             M,
             tuple((t.data_ptr(), _CODES[t.dtype]) for t in terms) or tuple((0, max(code, 0)) for code in wanted),
             arguments,
+            native_source,
             prediction >= 0,
             grad.data_ptr(),
             _CODES[grad.dtype],
@@ -499,7 +641,7 @@ _DTYPES = list(_CODES)  # by code
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, wanted
+    grad, terms, values, tables, prediction, eta, guidance, has_uncond, has_noise, clip, step, wanted
 ) -> list[torch.Tensor]:
     return [_new_like(grad, _DTYPES[code]) for code in wanted if code >= 0]
 
@@ -508,41 +650,45 @@ class _Update(torch.autograd.Function):
     """out is linear in the terms (up to the clamp), so nothing is saved unless there is a clamp."""
 
     @staticmethod
-    def forward(ctx, count, values, rule, reference, *tensors):  # type: ignore[no-untyped-def,override]
-        terms, tables = list(tensors[:count]), list(tensors[count:])
+    def forward(ctx, count, values, rule, seed_value, reference, *tensors):  # type: ignore[no-untyped-def,override]
+        terms, tables, (step, seed) = list(tensors[:count]), list(tensors[count:-2]), tensors[-2:]
         ctx.values, ctx.rule, ctx.reference, ctx.count = values, rule, reference, count
         ctx.clamped = rule[5] >= 0
         ctx.shape = terms[0].shape
         ctx.codes = [_CODES[t.dtype] for t in terms]
-        ctx.save_for_backward(*tables, *(terms if ctx.clamped else []))
-        return reg.call(_update_op, _update, terms, values, tables, *rule)
+        ctx.draws = seed is not None or seed_value is not None
+        ctx.save_for_backward(step, *tables, *(terms if ctx.clamped else []))
+        return reg.call(_update_op, _update, terms, values, tables, *rule, step, seed, seed_value)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def,override]
         coefficients = len(ctx.values)
-        tables, terms = list(ctx.saved_tensors[:coefficients]), list(ctx.saved_tensors[coefficients:])
-        need = list(ctx.needs_input_grad[4 : 4 + ctx.count])
+        step, *saved = ctx.saved_tensors
+        tables, terms = saved[:coefficients], saved[coefficients:]
+        need = list(ctx.needs_input_grad[5 : 5 + ctx.count])
         if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or reg.vectorised([grad]):
             # create_graph=True, or a backward pass that is itself vectorised
-            full: list[torch.Tensor] = _reference_gradient(ctx, grad, tables, terms)
+            full: list[torch.Tensor] = _reference_gradient(ctx, grad, step, tables, terms)
         else:
             wanted = [code if n else -1 for code, n in zip(ctx.codes, need, strict=True)]
-            full = reg.call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, wanted)
+            full = reg.call(_backward_op, _backward, grad, terms, ctx.values, tables, *ctx.rule, step, wanted)
         found = iter(full)
         grads = [next(found) if n else None for n in need]
-        return (None, None, None, None, *grads, *[None] * len(tables))
+        return (*[None] * 5, *grads, *[None] * (len(tables) + 2))
 
 
-def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[torch.Tensor]) -> list[torch.Tensor]:
+def _reference_gradient(
+    ctx: Any, grad: torch.Tensor, step: torch.Tensor | None, tables: Any, terms: list[torch.Tensor]
+) -> list[torch.Tensor]:
     """The same gradients as a differentiable expression. Without a clamp any point will do, so zero it is."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         at = terms or [
             torch.zeros(ctx.shape, dtype=_DTYPES[c], device=grad.device, requires_grad=True) for c in ctx.codes
         ]
-        coefficients = [v if t is None else t for v, t in zip(ctx.values, tables, strict=True)]
-        wanted = [t for t, n in zip(at, ctx.needs_input_grad[4:], strict=False) if n]
-        result = ctx.reference(coefficients, at, ctx.rule)
+        coefficients = [v if t is None else _row(t, step) for v, t in zip(ctx.values, tables, strict=True)]
+        wanted = [t for t, n in zip(at, ctx.needs_input_grad[5:], strict=False) if n]
+        result = ctx.reference(coefficients, at, ctx.rule, 0 if ctx.draws else None)  # any noise will do
     found = torch.autograd.grad(result, wanted, grad, create_graph=create_graph, materialize_grads=True)
     return list(found)
 
@@ -551,20 +697,21 @@ def _reference_gradient(ctx: Any, grad: torch.Tensor, tables: Any, terms: list[t
 
 _RULE = (
     "float[] values, Tensor?[] tables, int prediction, float eta, float guidance, bool has_uncond, bool has_noise, "
-    "float clip"
+    "float clip, Tensor? step"
 )
+_SEED = "Tensor? seed, int? seed_value"
 
 _update_op = reg.define(
     "update",
-    f"Tensor[] terms, {_RULE}",
+    f"Tensor[] terms, {_RULE}, {_SEED}",
     "Tensor",
     _update,
-    lambda terms, *_: _new_like(terms[0]),
+    lambda terms, *rest: _new_out(terms[0], *rest[-2:]),
     lambda terms, *_: terms,  # the tables may be float64
 )
 _update_out_op = reg.define(
     "update_out",
-    f"Tensor[] terms, {_RULE}, Tensor(a!) out",
+    f"Tensor[] terms, {_RULE}, {_SEED}, Tensor(a!) out",
     "()",
     _update_out,
     lambda *_: None,

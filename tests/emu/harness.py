@@ -466,7 +466,7 @@ class Ddim:
 
     def rule(self) -> tuple:
         def number(c):
-            return (c.data_ptr(), DTYPES[c.dtype]) if isinstance(c, torch.Tensor) else float(c)
+            return (c.data_ptr(), DTYPES[c.dtype], 0, 1) if isinstance(c, torch.Tensor) else float(c)
 
         if self.coefficients is not None:
             return tuple(number(c) for c in self.coefficients)
@@ -523,7 +523,7 @@ def update(emu: Emulator, d: Ddim, out_dtype: torch.dtype, shifted: bool = False
         out.view.copy_(terms[alias])
         terms[alias] = out.view[0]
     saved = [t.clone() for t in terms]
-    emu.kernels.update(0, 0, B, M, tuple((t.data_ptr(), DTYPES[t.dtype]) for t in terms), d.rule(),
+    emu.kernels.update(0, 0, B, M, tuple((t.data_ptr(), DTYPES[t.dtype]) for t in terms), d.rule(), None,
                        d.coefficients is None, out.view.data_ptr(), DTYPES[out_dtype])  # fmt: skip
     out.check_surroundings("out")
     if check:
@@ -537,7 +537,7 @@ def update_backward(emu: Emulator, d: Ddim, grad: torch.Tensor, skip: int = -1, 
     B, M = grad.shape
     outs = [output((1, B, M), t.dtype, "packed") for t in d.terms]
     pointers = tuple(0 if i == skip else o.view.data_ptr() for i, o in enumerate(outs))
-    emu.kernels.update_backward(0, 0, B, M, tuple((t.data_ptr(), DTYPES[t.dtype]) for t in d.terms), d.rule(),
+    emu.kernels.update_backward(0, 0, B, M, tuple((t.data_ptr(), DTYPES[t.dtype]) for t in d.terms), d.rule(), None,
                                 d.coefficients is None, grad.data_ptr(), DTYPES[grad.dtype], pointers)  # fmt: skip
     for o in outs:
         o.check_surroundings("grad")

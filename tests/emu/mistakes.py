@@ -21,6 +21,16 @@ class Case:
     hopper: bool = False  # in a kernel for sm_90a
 
 
+def _draws(M: int, dtype: torch.dtype) -> Any:
+    x = torch.ones(2, M, dtype=dtype)
+    return lambda: ((x, x, 0.3, 0.6), {"eta": 1.0, "seed": 3})
+
+
+UPDATE: dict[str, Case] = {
+    "kNoiseBlock": Case("ddim_step", _draws(64, torch.bfloat16)),
+    "kNoiseLane": Case("ddim_step", _draws(7, torch.float32)),
+}
+
 GELU: dict[str, Case] = {}
 
 ATTENTION: dict[str, Case] = {}
@@ -52,4 +62,4 @@ GAUSSIAN: dict[str, Case] = {}
 
 SPECTRUM: dict[str, Case] = {}
 
-CASES = {**GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}
+CASES = {**UPDATE, **GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}

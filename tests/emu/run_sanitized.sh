@@ -9,4 +9,4 @@ export FASTDIFF_EMU_SANITIZE=address,undefined
 export LD_PRELOAD="$(runtime libasan.so) $(runtime libubsan.so) $(runtime libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
-exec "${PYTHON:-python3}" -m pytest tests/test_emulator.py tests/test_emulated_ops.py tests/test_emulated_hopper.py "$@"
+exec "${PYTHON:-python3}" -m pytest tests/test_emulator.py tests/test_emulated_*.py "$@"
