@@ -3,6 +3,9 @@
 set(cuda_kernels
     csrc/cuda/adaln.cu
     csrc/cuda/attention_sm90.cu
+    csrc/cuda/gelu.cu
+    csrc/cuda/spectrum.cu
+    csrc/cuda/spectrum_backward.cu
     csrc/cuda/update.cu)
 set(FASTDIFF_CUDA_ENABLED OFF)
 set(FASTDIFF_CUDA_ARCHS_USED "")

@@ -6,6 +6,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common/spectrum.h"
 #include "dlpack.h"
 #include "fastdiff.h"
 
@@ -386,8 +387,9 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   m.def("update_backward", &update_backward);
 
   // gelu
-  kernel(m, "gelu_forward", &cpu::gelu_forward, nullptr, &Gelu::M, &Gelu::x, &Gelu::out, &Gelu::dtype);
-  kernel(m, "gelu_backward", &cpu::gelu_backward, nullptr, &Gelu::M, &Gelu::x, &Gelu::grad, &Gelu::out, &Gelu::dtype);
+  kernel(m, "gelu_forward", &cpu::gelu_forward, FD_CUDA(gelu_forward), &Gelu::M, &Gelu::x, &Gelu::out, &Gelu::dtype);
+  kernel(m, "gelu_backward", &cpu::gelu_backward, FD_CUDA(gelu_backward), &Gelu::M, &Gelu::x, &Gelu::grad, &Gelu::out,
+         &Gelu::dtype);
 
   // attention
   {
@@ -461,15 +463,21 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
 
   // spectrum
   using S = Spectrum;
-  kernel(m, "spectrum", &cpu::spectrum, nullptr, &S::B, &S::C, &S::H, &S::W, &S::R, &S::half_size, &S::scratch_size,
-         &S::threads, &S::keep, &S::log, &S::shift, &S::normalize, &S::images, &S::out, &S::plan_w, &S::table_w,
-         &S::plan_h, &S::table_h, &S::bins, &S::ring_size, &S::half, &S::scratch, &S::partial, &S::profile);
+  kernel(m, "spectrum", &cpu::spectrum, FD_CUDA(spectrum), &S::B, &S::C, &S::H, &S::W, &S::R, &S::half_size,
+         &S::scratch_size, &S::threads, &S::keep, &S::log, &S::shift, &S::normalize, &S::images, &S::out, &S::plan_w,
+         &S::table_w, &S::plan_h, &S::table_h, &S::bins, &S::ring_size, &S::half, &S::scratch, &S::partial, &S::profile,
+         &S::pos_w, &S::pos_h, &S::wave);
   using SB = SpectrumBackward;
-  kernel(m, "spectrum_backward", &cpu::spectrum_backward, nullptr, &SB::B, &SB::C, &SB::H, &SB::W, &SB::R,
-         &SB::half_size, &SB::scratch_size, &SB::threads, &SB::log, &SB::shift, &SB::normalize, &SB::grad, &SB::dimages,
-         &SB::plan_w, &SB::table_w, &SB::plan_h, &SB::table_h, &SB::bins, &SB::ring_size, &SB::half, &SB::profile,
-         &SB::work, &SB::scratch);
+  kernel(m, "spectrum_backward", &cpu::spectrum_backward, FD_CUDA(spectrum_backward), &SB::B, &SB::C, &SB::H, &SB::W,
+         &SB::R, &SB::half_size, &SB::scratch_size, &SB::threads, &SB::log, &SB::shift, &SB::normalize, &SB::grad,
+         &SB::dimages, &SB::plan_w, &SB::table_w, &SB::plan_h, &SB::table_h, &SB::bins, &SB::ring_size, &SB::half,
+         &SB::profile, &SB::work, &SB::scratch, &SB::pos_w, &SB::pos_h, &SB::wave, &SB::ring_grad);
   m.attr("ring_rows") = kRingRows;
+  // Addresses of the two plans -> (parts of a ring, floats of scratch per block, blocks, whether one launch can do it).
+  m.def("spectrum_layout", [](uintptr_t plan_w, uintptr_t plan_h) {
+    const SpectrumLayout l(reinterpret_cast<const int32_t*>(plan_w), reinterpret_cast<const int32_t*>(plan_h));
+    return py::make_tuple(l.ring_parts(), l.scratch(), SpectrumLayout::kBlocks, l.fused);
+  });
 
   m.def("connect", &connect);
   m.def("fast_adaln", &fast_adaln);

@@ -376,6 +376,11 @@ struct Spectrum {
   float* scratch = nullptr;          // workspace [threads, scratch_size]
   float* partial = nullptr;          // workspace [min(B, threads), ring_chunks(H), R], rings only
   float* profile = nullptr;          // out [B, R] ring means before normalisation, rings only
+  // CUDA: plan_w and plan_h are read on the host, and all other pointers on the device; no bins; `half`, of another
+  // order (cuda/spectrum.cuh), has room for `wave` images where it is not kept; scratch [128, scratch_size] and
+  // partial [B, ring parts, R] as spectrum_layout says.
+  const int32_t *pos_w = nullptr, *pos_h = nullptr;  // the positions of the plans
+  int64_t wave = 0;  // images that are transformed together; 0: one launch, where spectrum_layout allows
 };
 
 // Rows of frequencies are summed into rings in chunks of so many, then the chunks in order.
@@ -399,6 +404,10 @@ struct SpectrumBackward {
   const float* profile = nullptr;  // [B, R] or null
   float* work = nullptr;           // workspace [min(B, threads), half_size]
   float* scratch = nullptr;        // workspace [threads, scratch_size]
+  // CUDA: as in Spectrum; work [wave, half_size]
+  const int32_t *pos_w = nullptr, *pos_h = nullptr;
+  int64_t wave = 0;
+  float* ring_grad = nullptr;  // workspace [B, R], rings only
 };
 
 // ---------------------------------------------------------------------------------------------------------- kernels
@@ -459,6 +468,8 @@ void update(const Update& a, int device, void* stream);
 void update_backward(const UpdateBackward& a, int device, void* stream);
 
 // gelu
+void gelu_forward(const Gelu& a, int device, void* stream);
+void gelu_backward(const Gelu& a, int device, void* stream);
 
 // attention
 
@@ -469,6 +480,8 @@ void update_backward(const UpdateBackward& a, int device, void* stream);
 // gaussian
 
 // spectrum
+void spectrum(const Spectrum& a, int device, void* stream);
+void spectrum_backward(const SpectrumBackward& a, int device, void* stream);
 }  // namespace cuda
 #endif
 

@@ -23,7 +23,9 @@
   X(kNoiseBlock)   /* the second half of a vector of eight gets the noise of the first */ \
   X(kNoiseLane)    /* an element alone gets the noise of its block's first */
 
-#define FD_GELU_MUTATIONS(X)
+#define FD_GELU_MUTATIONS(X)                                       \
+  X(kGeluStep) /* every vector of a thread to the first's place */ \
+  X(kGeluTail) /* elements after the last whole vector are forgotten */
 
 #define FD_ATTENTION_MUTATIONS(X)
 
@@ -40,7 +42,19 @@
 
 #define FD_GAUSSIAN_MUTATIONS(X)
 
-#define FD_SPECTRUM_MUTATIONS(X)
+#define FD_SPECTRUM_MUTATIONS(X)                                             \
+  X(kLoadBarrier)      /* a transform begins before all of it is loaded */   \
+  X(kPassBarrier)      /* a pass begins before the last one ended */         \
+  X(kTwiddleBarrier)   /* sums over numbers that are not yet turned */       \
+  X(kRowsReuse)        /* the next rows overwrite these */                   \
+  X(kColumnsReuse)     /* the next columns overwrite these */                \
+  X(kGroupReuse)       /* in one launch: the next rows overwrite these */    \
+  X(kMagnitudeBarrier) /* rings of numbers that are not yet magnitudes */    \
+  X(kPartialBarrier)   /* sums over rings that are not yet there */          \
+  X(kUnshifted)        /* DC in the middle along one axis only */            \
+  X(kMirrorRow)        /* row ky mirrored where row -ky belongs */           \
+  X(kNyquistSlope)     /* the gradient of the Nyquist column is forgotten */ \
+  X(kOddRow)           /* the last row of an odd height has no gradient */
 
 #define FD_MUTATIONS(X)     \
   FD_ADALN_MUTATIONS(X)     \

@@ -69,7 +69,6 @@ reg.add(
         },
         take=_take,
         peers={"torch, 16-bit": _in_place},
-        cuda=False,
         large="[8,256,1536]",
         empty=[_call(0), _call(2, 0, 3)],
         scaling={"tokens, width 1536": (1.0, {n: _call(n, 1536) for n in (16, 64, 256, 1024, 4096)})},

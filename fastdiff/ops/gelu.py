@@ -32,7 +32,7 @@ def gelu(x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         ValueError: `out` does not fit, or overlaps x in part.
         TypeError: an argument is not a floating-point tensor.
     """
-    way = reg.route("gelu", (x,), cuda=False)
+    way = reg.route("gelu", (x,))
     reg.check_tensor("gelu", "x", x)
     if out is not None:
         reg.check_out("gelu", out, x, (x,), may_alias=(x,))
@@ -61,7 +61,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     _native.extension.gelu_forward(  # type: ignore[union-attr]
-        -1, 0, (x.numel(), x.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
+        *_native.place(x), (x.numel(), x.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
     )
     return out
 
@@ -71,7 +71,7 @@ def _gelu_out(x: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(_gelu(x))
         return
     _native.extension.gelu_forward(  # type: ignore[union-attr]
-        -1, 0, (x.numel(), x.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
+        *_native.place(x), (x.numel(), x.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
     )
 
 
@@ -79,7 +79,7 @@ def _backward(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     x, grad = x.contiguous(), grad.contiguous()
     out = torch.empty_like(x)
     _native.extension.gelu_backward(  # type: ignore[union-attr]
-        -1, 0, (x.numel(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
+        *_native.place(x), (x.numel(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _native.DTYPES[x.dtype])
     )
     return out
 
@@ -105,6 +105,6 @@ class _Gelu(torch.autograd.Function):
         return reg.call(_backward_op, _backward, x, grad)
 
 
-_op = reg.define("gelu", "Tensor x", "Tensor", _gelu, _fake, cuda=False)
-_out_op = reg.define("gelu_out", "Tensor x, Tensor(a!) out", "()", _gelu_out, lambda *_: None, cuda=False)
-_backward_op = reg.define("gelu_backward", "Tensor x, Tensor grad", "Tensor", _backward, _fake, cuda=False)
+_op = reg.define("gelu", "Tensor x", "Tensor", _gelu, _fake)
+_out_op = reg.define("gelu_out", "Tensor x, Tensor(a!) out", "()", _gelu_out, lambda *_: None)
+_backward_op = reg.define("gelu_backward", "Tensor x, Tensor grad", "Tensor", _backward, _fake)

@@ -17,6 +17,11 @@ thread and 4 R per image. For a gradient the half spectrum of every image is kep
 column, and for rings H W bytes; at most 32 MB of them are kept for later calls, and none above 8 MB, so that beyond
 some 8 million pixels a call of `radial_spectrum` makes its ring table anew.
 
+On a GPU the workspace is the half spectra of the images that go through together (24 MB, one image at least), or none
+where one block does an image in one launch; for rings R W / 8 floats per image more; and for sides that do not fit into
+shared memory (some 12 000 numbers, or Bluestein's length of 6 000) 128 blocks' arrays. Tables of a new size are copied
+to the device by its first call, which therefore cannot be captured in a CUDA graph; later ones can.
+
 A NaN or an infinity anywhere reaches every frequency of its image, but which of the two a frequency becomes is not
 defined: inf - inf is NaN, and it depends on the order of the transform's additions where infinities meet.
 """
@@ -27,6 +32,7 @@ import cmath
 import functools
 import math
 from array import array
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,7 +66,7 @@ def spectral_features(images: torch.Tensor, *, log: bool = False, shift: bool = 
         ValueError: images has another shape, or no pixels.
         TypeError: images is not a floating-point tensor, or an option is no bool.
     """
-    way = reg.route("spectral_features", (images,), cuda=False)
+    way = reg.route("spectral_features", (images,))
     _check("spectral_features", images, log=log, shift=shift)
     if way is reg.REFERENCE:
         return spectral_features_reference(images, log=log, shift=shift)
@@ -90,7 +96,7 @@ def radial_spectrum(images: torch.Tensor, *, log: bool = False, normalize: bool 
         ValueError: images has another shape, or no pixels.
         TypeError: images is not a floating-point tensor, or an option is no bool.
     """
-    way = reg.route("radial_spectrum", (images,), cuda=False)
+    way = reg.route("radial_spectrum", (images,))
     _check("radial_spectrum", images, log=log, normalize=normalize)
     if way is reg.REFERENCE:
         return radial_spectrum_reference(images, log=log, normalize=normalize)
@@ -283,6 +289,9 @@ def _launch(
     x = images if images.dim() == 4 else images.unsqueeze(1)
     B, C, H, W = x.shape
     threads, R = torch.get_num_threads(), rings(H, W) if radial else 0
+    device, stream = _native.place(x)
+    if device >= 0:
+        return _launch_cuda(x, out, log, shift, normalize, R, half, device, stream)
     addresses, size, _ = _tables(H, W, radial)
     scratch = x.new_empty((threads, size), dtype=torch.float32)
     slots = min(B, threads)
@@ -298,9 +307,80 @@ def _launch(
             -1, 0,
             (B, C, H, W, R, half.shape[1], scratch.shape[1], threads, int(kept), int(log), int(shift), int(normalize),
              reg.operand(x), reg.operand(out), *addresses, half.data_ptr(), scratch.data_ptr(), _pointer(partial),
-             _pointer(profile)),
+             _pointer(profile), 0, 0, 0),
         )  # fmt: skip
     return profile
+
+
+def _launch_cuda(
+    x: torch.Tensor, out: torch.Tensor, log: bool, shift: bool, normalize: bool, R: int, half: Any, device: int,
+    stream: int,
+) -> torch.Tensor | None:  # fmt: skip
+    B, C, H, W = x.shape
+    tables = _device_tables(H, W, R > 0, x.device)
+    kept, wave = half is not None, tables.together(B, H * W)
+    if not kept:
+        half = x.new_empty((wave, _half_size(H, W)), dtype=torch.float32)
+    scratch = x.new_empty((tables.blocks, tables.scratch), dtype=torch.float32)
+    partial = x.new_empty((B, tables.ring_parts, R), dtype=torch.float32) if R else None
+    profile = x.new_empty((B, R), dtype=torch.float32) if R else None
+    if B:
+        _native.extension.spectrum(  # type: ignore[union-attr]
+            device, stream,
+            (B, C, H, W, R, half.shape[1], scratch.shape[1], 1, int(kept), int(log), int(shift), int(normalize),
+             reg.operand(x), reg.operand(out), *tables.plans, 0, _pointer(tables.ring_size), half.data_ptr(),
+             scratch.data_ptr(), _pointer(partial), _pointer(profile), *tables.positions, wave),
+        )  # fmt: skip
+    return profile
+
+
+@dataclass(frozen=True)
+class _DeviceTables:
+    """What the CUDA kernels read, and how they divide an image (csrc/common/spectrum.h)."""
+
+    plans: tuple[int, int, int, int]  # addresses: plan (on the host) and twiddles (on the device) of W, and of H
+    positions: tuple[int, int]  # addresses on the device
+    ring_size: torch.Tensor | None
+    ring_parts: int
+    scratch: int  # floats per block
+    blocks: int  # that need them
+    fits: bool  # an image fits into a block's shared memory
+    wave: int  # images whose half spectra fit into half the L2 cache of a large GPU
+    alive: tuple[Any, ...]
+
+    def together(self, B: int, size: int) -> int:
+        """How many of B images are transformed together; 0: each by one block, in one launch, to the same bits. Where
+        there are few of some size, more blocks than images are faster."""
+        return 0 if self.fits and (size <= _SMALL or B >= _MANY) else min(B, self.wave)
+
+
+_WAVE = 24 << 20  # bytes
+_SMALL = 80 * 80  # pixels
+_MANY = 64  # images
+
+
+@bounded(lambda t: sum(a.itemsize * len(a) if isinstance(a, array) else a.nbytes for a in t.alive))
+def _device_tables(H: int, W: int, radial: bool, device: torch.device) -> _DeviceTables:
+    """The plans, and their tables on a device; the copy waits for the device, so the first call with a new size cannot
+    be captured in a CUDA graph."""
+    alive: list[Any] = []
+    plans, positions = [], []
+    for n in (W, H):
+        integers, table = plan(n)
+        count = integers[2]
+        place = torch.tensor(integers[4 + count :], dtype=torch.int32, device=device)
+        twiddles = torch.tensor(table or [0.0], dtype=torch.float32, device=device)
+        plans += [integers.buffer_info()[0], twiddles.data_ptr()]
+        positions.append(place.data_ptr())
+        alive += [integers, place, twiddles]
+    ring_size = torch.from_numpy(_ring_table(H, W)[1]).to(device, copy=True) if radial else None
+    parts, scratch, blocks, fits = _native.extension.spectrum_layout(plans[0], plans[2])  # type: ignore[union-attr]
+    wave = max(1, _WAVE // (4 * _half_size(H, W)))
+    alive += [] if ring_size is None else [ring_size]
+    return _DeviceTables(
+        (plans[0], plans[1], plans[2], plans[3]), (positions[0], positions[1]), ring_size, parts, scratch,
+        blocks if scratch else 0, fits, wave, tuple(alive),
+    )  # fmt: skip
 
 
 def _table_bytes(found: tuple[Any, int, Any]) -> int:
@@ -375,6 +455,22 @@ def _backward(
     B, C, H, W = x.shape
     radial = profile is not None
     threads = torch.get_num_threads()
+    device, stream = _native.place(grad)
+    if device >= 0:
+        R, tables = rings(H, W) if radial else 0, _device_tables(H, W, radial, grad.device)
+        wave = tables.together(B, H * W)
+        work = torch.empty_like(half[:wave])
+        scratch = x.new_empty((tables.blocks, tables.scratch), dtype=torch.float32)
+        ring_grad = x.new_empty((B, R), dtype=torch.float32) if radial else None
+        if B:
+            _native.extension.spectrum_backward(  # type: ignore[union-attr]
+                device, stream,
+                (B, C, H, W, R, half.shape[1], tables.scratch, 1, int(log), int(shift), int(normalize),
+                 reg.operand(grad), reg.operand(x), *tables.plans, 0, _pointer(tables.ring_size), half.data_ptr(),
+                 _pointer(profile), work.data_ptr(), scratch.data_ptr(), *tables.positions, wave,
+                 _pointer(ring_grad)),
+            )  # fmt: skip
+        return out
     addresses, size, _ = _tables(H, W, radial)
     scratch = x.new_empty((threads, size), dtype=torch.float32)
     work = torch.empty_like(half[: min(B, threads)])
@@ -383,7 +479,7 @@ def _backward(
             -1, 0,
             (B, C, H, W, rings(H, W) if radial else 0, half.shape[1], scratch.shape[1], threads, int(log), int(shift),
              int(normalize), reg.operand(grad), reg.operand(x), *addresses, half.data_ptr(), _pointer(profile),
-             work.data_ptr(), scratch.data_ptr()),
+             work.data_ptr(), scratch.data_ptr(), 0, 0, 0, 0),
         )  # fmt: skip
     return out
 
@@ -428,24 +524,24 @@ class _Spectrum(torch.autograd.Function):
 
 _features_op = reg.define(
     "spectral_features", "Tensor images, bool log, bool shift", "Tensor", _features,
-    lambda images, *_: _features_out(images), cuda=False,
+    lambda images, *_: _features_out(images),
 )  # fmt: skip
 _features_kept_op = reg.define(
     "spectral_features_kept", "Tensor images, bool log, bool shift", "(Tensor, Tensor)", _features_kept,
-    lambda images, *_: (_features_out(images), _half_out(images)), cuda=False,
+    lambda images, *_: (_features_out(images), _half_out(images)),
 )  # fmt: skip
 _radial_op = reg.define(
     "radial_spectrum", "Tensor images, bool log, bool normalize", "Tensor", _radial,
-    lambda images, *_: _radial_out(images), cuda=False,
+    lambda images, *_: _radial_out(images),
 )  # fmt: skip
 _radial_kept_op = reg.define(
     "radial_spectrum_kept", "Tensor images, bool log, bool normalize", "(Tensor, Tensor, Tensor)", _radial_kept,
     lambda images, *_: (
         _radial_out(images), _half_out(images), torch.empty_like(_radial_out(images), dtype=torch.float32)
-    ), cuda=False,
+    ),
 )  # fmt: skip
 _backward_op = reg.define(
     "spectrum_backward",
     "Tensor grad, Tensor half, Tensor? profile, SymInt[] shape, bool log, bool shift, bool normalize",
-    "Tensor", _backward, lambda grad, half, profile, shape, *_: grad.new_empty(shape), cuda=False,
+    "Tensor", _backward, lambda grad, half, profile, shape, *_: grad.new_empty(shape),
 )  # fmt: skip

@@ -32,6 +32,17 @@ UPDATE: dict[str, Case] = {
 }
 
 GELU: dict[str, Case] = {}
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _normal(*shape: int, **options: Any) -> Callable[[], Call]:
+    return lambda: ((torch.randn(shape, generator=torch.Generator().manual_seed(0)),), options)
+
+
+GELU = {
+    "kGeluStep": Case("gelu", _normal(5000)),
+    "kGeluTail": Case("gelu", _normal(1027), backward=True),
+}
 
 ATTENTION: dict[str, Case] = {}
 
@@ -60,6 +71,19 @@ CONV: dict[str, Case] = {}
 
 GAUSSIAN: dict[str, Case] = {}
 
-SPECTRUM: dict[str, Case] = {}
+SPECTRUM = {
+    "kLoadBarrier": Case("spectral_features", _normal(1, 33, 20)),
+    "kPassBarrier": Case("spectral_features", _normal(1, 3, 12, 32)),
+    "kTwiddleBarrier": Case("spectral_features", _normal(1, 44, 22)),
+    "kRowsReuse": Case("spectral_features", _normal(1, 260, 40), backward=True, grid=1),
+    "kColumnsReuse": Case("spectral_features", _normal(1, 84, 82), backward=True, grid=1),
+    "kGroupReuse": Case("spectral_features", _normal(1, 70, 12)),
+    "kMagnitudeBarrier": Case("radial_spectrum", _normal(1, 84, 82)),
+    "kPartialBarrier": Case("radial_spectrum", _normal(1, 30, 36)),
+    "kUnshifted": Case("spectral_features", _normal(1, 5, 7)),
+    "kMirrorRow": Case("spectral_features", _normal(1, 5, 7)),
+    "kNyquistSlope": Case("spectral_features", _normal(1, 5, 8), backward=True),
+    "kOddRow": Case("spectral_features", _normal(1, 5, 8), backward=True),
+}
 
 CASES = {**UPDATE, **GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}
