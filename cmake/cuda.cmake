@@ -3,7 +3,10 @@
 set(cuda_kernels
     csrc/cuda/adaln.cu
     csrc/cuda/attention_sm90.cu
+    csrc/cuda/conv1d.cu
     csrc/cuda/gelu.cu
+    csrc/cuda/scan.cu
+    csrc/cuda/scan_backward.cu
     csrc/cuda/spectrum.cu
     csrc/cuda/spectrum_backward.cu
     csrc/cuda/update.cu)

@@ -408,32 +408,37 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
         [](int64_t N, int64_t M, int64_t d) { return attention_backward_workspace(N, M, d); });
 
   // selective scan
-  kernel(m, "selective_scan", &cpu::selective_scan, nullptr, &Scan::B, &Scan::K, &Scan::G, &Scan::L, &Scan::D, &Scan::N,
-         &Scan::complex, &Scan::softplus, &Scan::reverse, &Scan::constant_b, &Scan::constant_c, &Scan::threads,
-         &Scan::scratch_size, &Scan::scratch, &Scan::u, &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C, &Scan::skip,
-         &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::out, &Scan::last,
-         &Scan::states);
-  kernel(m, "selective_scan_backward", &cpu::selective_scan_backward, nullptr, &Scan::B, &Scan::K, &Scan::G, &Scan::L,
+  kernel(m, "selective_scan", &cpu::selective_scan, FD_CUDA(selective_scan), &Scan::B, &Scan::K, &Scan::G, &Scan::L,
          &Scan::D, &Scan::N, &Scan::complex, &Scan::softplus, &Scan::reverse, &Scan::constant_b, &Scan::constant_c,
          &Scan::threads, &Scan::scratch_size, &Scan::scratch, &Scan::u, &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C,
-         &Scan::skip, &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::states,
-         &ScanBackward::grad_out, &ScanBackward::grad_last, &ScanBackward::du, &ScanBackward::ddelta, &ScanBackward::dz,
-         &ScanBackward::dA, &ScanBackward::dB, &ScanBackward::dC, &ScanBackward::dskip, &ScanBackward::dbias,
-         &ScanBackward::dinitial, &ScanBackward::partial_rows, &ScanBackward::partial_b, &ScanBackward::partial_c);
+         &Scan::skip, &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::out, &Scan::last,
+         &Scan::states, &Scan::partial_out);
+  kernel(m, "selective_scan_backward", &cpu::selective_scan_backward, FD_CUDA(selective_scan_backward), &Scan::B,
+         &Scan::K, &Scan::G, &Scan::L, &Scan::D, &Scan::N, &Scan::complex, &Scan::softplus, &Scan::reverse,
+         &Scan::constant_b, &Scan::constant_c, &Scan::threads, &Scan::scratch_size, &Scan::scratch, &Scan::u,
+         &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C, &Scan::skip, &Scan::delta_bias, &Scan::z, &Scan::initial,
+         &Scan::order, &Scan::resets, &Scan::states, &ScanBackward::grad_out, &ScanBackward::grad_last,
+         &ScanBackward::du, &ScanBackward::ddelta, &ScanBackward::dz, &ScanBackward::dA, &ScanBackward::dB,
+         &ScanBackward::dC, &ScanBackward::dskip, &ScanBackward::dbias, &ScanBackward::dinitial,
+         &ScanBackward::partial_rows, &ScanBackward::partial_b, &ScanBackward::partial_c, &ScanBackward::partial_du);
   m.attr("scan_steps") = kScanSteps;
   m.attr("scan_channels") = kScanChannels;
   m.attr("scan_states") = kScanStates;
+  m.attr("scan_cuda_states") = kScanCudaStates;
+  m.def("scan_cuda_channels", [](int64_t rows) { return scan_cuda_channels(rows); });
   m.def("scan_scratch", [](int64_t rows) { return scan_scratch(rows); });
   m.def("scan_backward_scratch", [](int64_t rows) { return scan_backward_scratch(rows); });
 
   // causal conv1d
   using C = CausalConv1d;
-  kernel(m, "causal_conv1d", &cpu::causal_conv1d, nullptr, &C::B, &C::D, &C::L, &C::K, &C::silu, &C::threads,
-         &C::scratch_size, &C::x, &C::weight, &C::bias, &C::state, &C::out, &C::taps, &C::scratch);
+  kernel(m, "causal_conv1d", &cpu::causal_conv1d, FD_CUDA(causal_conv1d), &C::B, &C::D, &C::L, &C::K, &C::silu,
+         &C::threads, &C::scratch_size, &C::x, &C::weight, &C::bias, &C::state, &C::out, &C::taps, &C::scratch);
   using CB = CausalConv1dBackward;
-  kernel(m, "causal_conv1d_backward", &cpu::causal_conv1d_backward, nullptr, &CB::B, &CB::D, &CB::L, &CB::K, &CB::silu,
-         &CB::threads, &CB::scratch_size, &CB::x, &CB::weight, &CB::bias, &CB::state, &CB::grad, &CB::taps,
-         &CB::scratch, &CB::dx, &CB::dstate, &CB::dweight, &CB::dbias, &CB::partial);
+  kernel(m, "causal_conv1d_backward", &cpu::causal_conv1d_backward, FD_CUDA(causal_conv1d_backward), &CB::B, &CB::D,
+         &CB::L, &CB::K, &CB::silu, &CB::threads, &CB::scratch_size, &CB::x, &CB::weight, &CB::bias, &CB::state,
+         &CB::grad, &CB::taps, &CB::scratch, &CB::dx, &CB::dstate, &CB::dweight, &CB::dbias, &CB::partial);
+  m.attr("conv_cuda_taps") = kConvCudaTaps;
+  m.attr("conv_cuda_steps") = kConvCudaSteps;
 
   // gaussian
   using Blur = GaussianBlur;

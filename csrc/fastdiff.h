@@ -192,7 +192,10 @@ static constexpr int64_t attention_backward_workspace(int64_t N, int64_t M, int6
 // Steps between two saved states, and channels that one task walks and sums dB and dC over.
 constexpr int64_t kScanSteps = 32;
 constexpr int64_t kScanChannels = 64;
-constexpr int64_t kScanStates = 256;  // the most floats of state per channel that the kernels serve
+constexpr int64_t kScanStates = 256;      // the most floats of state per channel that the kernels serve
+constexpr int64_t kScanCudaStates = 128;  // and on CUDA
+// Channels that one block walks and sums dB and dC over on CUDA, for `rows` = N (* 2).
+static constexpr int64_t scan_cuda_channels(int64_t rows) { return rows <= 32 ? 32 : 8; }
 
 // K scans over the same input u, their outputs summed; for one scan K = 1. In direction k, channel d, state n:
 //   t = delta + delta_bias, then softplus if asked for; a = exp(t A); h <- a h + t B u; y = <C, h> + skip u
@@ -217,6 +220,8 @@ struct Scan {
   Strided out;                             // out [B, L, D]; float32 where K > 1
   float* last = nullptr;                   // out [B, K, D, N (, 2)]
   float* states = nullptr;                 // out [B, K, ceil(L / kScanSteps), N (* 2), D] or null: every 32nd state
+  float* partial_out = nullptr;            // CUDA: workspace [K, B L D] in the order of out's memory, null for K = 1;
+                                           // threads and scratch are for the CPU
 };
 
 // Floats that one thread works in, forward and backward, for `rows` = N (* 2): per channel of a task A, constant B and
@@ -241,11 +246,15 @@ struct ScanBackward : Scan {      // `out` and `last` are ignored, `states` is a
   Strided dinitial;               // out [B, K, D, N (, 2)]
   float* partial_rows = nullptr;  // workspace [B, K, rows, D]: N (* 2) rows of dA, then of dB and of dC where
                                   // these are constant, then one of dskip and one of ddelta_bias
-  float* partial_b = nullptr;     // workspace [B, K, G, blocks, L, N (* 2)], blocks = ceil(D / G /
-  float* partial_c = nullptr;     // kScanChannels); null where constant
+  float* partial_b = nullptr;     // workspace [B, K, G, blocks, L, N (* 2)], blocks = ceil(D / G / kScanChannels),
+  float* partial_c = nullptr;     // on CUDA / scan_cuda_channels; null where constant
+  float* partial_du = nullptr;    // CUDA: workspace [K, B L D] in the order of du's memory, null for K = 1
 };
 
 // ---------------------------------------------------------------------------------------------------- causal conv1d
+
+constexpr int64_t kConvCudaTaps = 128;  // the largest K that the CUDA kernels serve: what shared memory holds
+constexpr int64_t kConvCudaSteps = 64;  // steps of a tile there
 
 // out[b, d, t] = act(bias[d] + sum_k weight[d, k] * past[b, d, t + k]), past being `state` followed by x along t.
 struct CausalConv1d {
@@ -258,8 +267,8 @@ struct CausalConv1d {
   Strided bias;              // [D], may be absent
   Strided state;             // [B, D, K - 1], zeros if absent
   Strided out;               // out [B, D, L]
-  float* taps = nullptr;     // workspace [K + 1, D']: weights by tap, then bias; D' = D rounded up to 16
-  float* scratch = nullptr;  // workspace [threads, scratch_size]
+  float* taps = nullptr;     // CPU: workspace [K + 1, D']: weights by tap, then bias; D' = D rounded up to 16
+  float* scratch = nullptr;  // CPU: workspace [threads, scratch_size]
 };
 
 struct CausalConv1dBackward : CausalConv1d {  // without out
@@ -267,7 +276,8 @@ struct CausalConv1dBackward : CausalConv1d {  // without out
   Strided dx;                                 // out [B, D, L] or absent
   Strided dstate;                             // out [B, D, K - 1] or absent
   Strided dweight, dbias;                     // out [D, K], [D], each may be absent
-  float* partial = nullptr;                   // workspace [B, K + 1, D']: sums over t
+  float* partial = nullptr;                   // workspace [B, K + 1, D']: sums over t; CUDA: [B, tiles, K + 1, D],
+                                              // tiles = ceil(L / kConvCudaSteps); null if no sum is wanted
 };
 
 // ---------------------------------------------------------------------------------------------------------- gaussian
@@ -474,8 +484,12 @@ void gelu_backward(const Gelu& a, int device, void* stream);
 // attention
 
 // selective scan
+void selective_scan(const Scan& a, int device, void* stream);
+void selective_scan_backward(const ScanBackward& a, int device, void* stream);
 
 // causal conv1d
+void causal_conv1d(const CausalConv1d& a, int device, void* stream);
+void causal_conv1d_backward(const CausalConv1dBackward& a, int device, void* stream);
 
 // gaussian
 

@@ -36,9 +36,27 @@
   X(kHopperWait)   /* results touched while products run */   \
   X(kHopperShrink) /* sums not shrunk when the maximum grows */
 
-#define FD_SCAN_MUTATIONS(X)
+#define FD_SCAN_MUTATIONS(X)                                                     \
+  X(kScanTurn)        /* the next tile's positions replace those still in use */ \
+  X(kScanTileBarrier) /* steps are taken before their tile is there */           \
+  X(kScanSumBarrier)  /* the lanes of a channel are added too early */           \
+  X(kScanOutBarrier)  /* outputs are stored before they are there */             \
+  X(kScanReset)       /* the state goes on where it should restart */            \
+  X(kBackTurn)        /* as forward */                                           \
+  X(kBackTileBarrier)                                                            \
+  X(kBackSumBarrier)                                                             \
+  X(kBackOutBarrier)                                                             \
+  X(kBackSumTurn) /* one buffer of sums: the next four steps overwrite it */
 
-#define FD_CONV_MUTATIONS(X)
+#define FD_CONV_MUTATIONS(X)                                                             \
+  X(kConvStateBarrier)    /* the state is overwritten by the zeros that stood for it */  \
+  X(kConvTileBarrier)     /* the past is read before it is there */                      \
+  X(kConvOutBarrier)      /* outputs are stored before they are there */                 \
+  X(kConvBackTileBarrier) /* as forward */                                               \
+  X(kConvBackSumBarrier)                                                                 \
+  X(kConvBackOutBarrier)                                                                 \
+  X(kConvHalo)        /* the gradient behind the tile stays without the slope of SiLU */ \
+  X(kConvPartBarrier) /* parts are added before they are there */
 
 #define FD_GAUSSIAN_MUTATIONS(X)
 

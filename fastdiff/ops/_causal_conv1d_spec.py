@@ -191,7 +191,6 @@ reg.add(
         take=_take,
         peers={"torch conv1d": _conv1d},
         inplace=None,
-        cuda=False,
         large="[2,1536,1024] K=4",
         empty=[_empty(0, 3, 5, False), _empty(2, 0, 5, True), _empty(2, 3, 0, False), _empty(2, 3, 0, True)],
     )

@@ -13,6 +13,10 @@ arithmetic in float32; the result has the dtype of x and its order in memory.
 Deterministic, whatever the number of threads, the batch and the layout: dweight and dbias are summed over t in sixteen
 interleaved parts, 512 steps at a time, and then sample by sample. Workspace: 4 (K + 1) D bytes; per thread the larger
 of 8 (L + K) and 1 KiB (K + 16), backward 12 (L + K) and 256 B (35 K + 62); backward 4 B (K + 1) D besides.
+
+On CUDA up to K = 128 taps, more run on the reference. dweight and dbias are summed over t in tiles of 64 steps, 8 by 8,
+and the tiles of all samples in eight interleaved parts. Workspace: backward 4 B (K + 1) D ceil(L / 64) bytes, else
+none.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from fastdiff.ops import _registry as reg
 _OP = "causal_conv1d"
 LAYOUTS = ("bdl", "bld")
 ACTIVATIONS = (None, "silu", "swish")
+MAX_TAPS_CUDA = 128  # kConvCudaTaps in csrc/fastdiff.h
+_STEPS_CUDA = 64  # kConvCudaSteps
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
@@ -63,8 +69,13 @@ def causal_conv1d(
         ValueError: a shape, device or option does not fit.
         TypeError: an argument is not a floating-point tensor, or `return_final_state` no bool.
     """
-    way = reg.route(_OP, (x, weight), (bias, initial_state), cuda=False)
+    way = reg.route(_OP, (x, weight), (bias, initial_state))
     _check(x, weight, bias, activation, initial_state, layout, return_final_state)
+    why = too_wide(x, weight)
+    if why and way is not reg.REFERENCE:
+        if _native.backend == "native":
+            raise RuntimeError(f'{_OP}: use_backend("native") cannot serve this call: {why}')
+        way = reg.REFERENCE
     if way is reg.REFERENCE:
         return causal_conv1d_reference(
             x, weight, bias, activation, initial_state=initial_state, layout=layout,
@@ -78,6 +89,13 @@ def causal_conv1d(
     else:
         out = reg.call(_forward_op, _forward, x, weight, bias, initial_state, silu, channels_last)
     return (out, _final_state(x, weight, initial_state, channels_last)) if return_final_state else out
+
+
+def too_wide(x: torch.Tensor, weight: torch.Tensor) -> str:
+    """Why the kernels of x's device cannot take this many taps; empty if they can."""
+    if weight.shape[1] <= MAX_TAPS_CUDA or not (x.is_cuda or _native._emulated):
+        return ""
+    return f"K = {weight.shape[1]} taps (native on CUDA: up to {MAX_TAPS_CUDA}) are served by the reference only"
 
 
 def _final_state(
@@ -168,7 +186,11 @@ def _up(n: int) -> int:
 
 
 def _workspace(x: torch.Tensor, K: int, backward: bool) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-    """Threads, floats of scratch for each, taps [K + 1, D'], scratch; csrc/cpu/conv1d.cpp says what lies where."""
+    """Threads, floats of scratch for each, taps [K + 1, D'], scratch; csrc/cpu/conv1d.cpp says what lies where.
+    Nothing of this on CUDA."""
+    if _native.place(x)[0] >= 0:
+        nothing = x.new_empty((0,), dtype=torch.float32)
+        return 1, 0, nothing, nothing
     _, D, L = x.shape
     threads = torch.get_num_threads()
     if backward:
@@ -191,6 +213,8 @@ def _inner(
         reg.fail(_OP, "x, weight", "three dimensions and [D, K] with K >= 1", (tuple(x.shape), tuple(weight.shape)))
     B, D, _ = _rows(x, channels_last).shape
     K = weight.shape[1]
+    if too_wide(x, weight):
+        reg.fail(_OP, "weight", f"up to {MAX_TAPS_CUDA} taps on CUDA", K)
     for name, t, shape in (("weight", weight, (D, K)), ("bias", bias, (D,)), ("initial_state", state, (B, D, K - 1)),
                            ("grad", grad, tuple(x.shape))):  # fmt: skip
         if t is not None and tuple(t.shape) != shape:
@@ -207,7 +231,7 @@ def _forward(
         rows, K = _rows(x, channels_last), weight.shape[1]
         threads, size, taps, scratch = _workspace(rows, K, False)
         _native.extension.causal_conv1d(  # type: ignore[union-attr]
-            -1, 0,
+            *_native.place(x),
             (*rows.shape, K, int(silu), threads, size, reg.operand(rows), reg.operand(weight), reg.operand(bias),
              reg.operand(state), reg.operand(_rows(out, channels_last)), taps.data_ptr(), scratch.data_ptr()),
         )  # fmt: skip
@@ -236,9 +260,10 @@ def _backward(
         rows, K = _rows(x, channels_last), weight.shape[1]
         threads, size, taps, scratch = _workspace(rows, K, True)
         sums = dweight is not None or dbias is not None
-        partial = taps.new_empty((rows.shape[0], *taps.shape)) if sums else None
+        each = (-(-rows.shape[2] // _STEPS_CUDA), K + 1, rows.shape[1]) if _native.place(x)[0] >= 0 else taps.shape
+        partial = taps.new_empty((rows.shape[0], *each)) if sums else None
         _native.extension.causal_conv1d_backward(  # type: ignore[union-attr]
-            -1, 0,
+            *_native.place(x),
             (*rows.shape, K, int(silu), threads, size, reg.operand(rows), reg.operand(weight), reg.operand(bias),
              reg.operand(state), reg.operand(_rows(grad, channels_last)), taps.data_ptr(), scratch.data_ptr(),
              reg.operand(None if dx is None else _rows(dx, channels_last)), reg.operand(dstate), reg.operand(dweight),
@@ -286,7 +311,7 @@ class _Conv(torch.autograd.Function):
 
 _ARGS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, bool silu, bool channels_last"
 
-_forward_op = reg.define(_OP, _ARGS, "Tensor", _forward, lambda x, *_: torch.empty_like(x), cuda=False)
+_forward_op = reg.define(_OP, _ARGS, "Tensor", _forward, lambda x, *_: torch.empty_like(x))
 _backward_op = reg.define(
     "causal_conv1d_backward",
     f"Tensor grad, {_ARGS}, bool[] need",
@@ -295,5 +320,4 @@ _backward_op = reg.define(
     lambda grad, x, weight, bias, state, silu, channels_last, need: [
         g for g in _backward_outputs(grad, x, weight, bias, state, need) if g is not None
     ],
-    cuda=False,
 )

@@ -17,14 +17,21 @@ channel (2 N for a complex A):
 - the backward pass sums dB and dC over channels in ceil(D / G / 64) parts each: K B G L R floats a part in float32, for
   each of B and C that depends on the step; and K B (R + 2) D floats for dA, dD and the gradient of the bias, another
   K B R D for each of B and C that is constant;
-- a thread (at most one per 64 channels of a group and sample) works in 320 R floats, backward in 720 R + 35 648;
+- on the CPU a thread (at most one per 64 channels of a group and sample) works in 320 R floats, backward in
+  720 R + 35 648;
 - B and C in different numbers of groups are repeated to the least common multiple G (B with one group beside C with D
   groups becomes [B, D, L, N]), and so is their gradient before it is summed; 16-bit ones in float32;
 - several directions: out and du are summed in float32, B L D floats each for 16-bit types; the gradient of a delta
   shared by all of them is first a float32 [B, K, L, D], that of a shared A, D or delta_bias K times its size.
+- on CUDA dB and dC are summed in parts of 32 channels (8 where R > 32) instead of 64, and several directions write an
+  output each before these are added: K B L D floats, and again for du in the backward pass.
 
-Accuracy (tests/test_selective_scan.py): a decay is exact to 2.1e-7 relative besides the rounding of its exponent, and
-exactly 1 where delta or A is 0.
+On CUDA nothing is read by the host, so a call can be captured in a graph. An `order` that is no permutation is not
+noticed there: positions outside the sequence are moved to its nearest end, positions that come twice are written
+twice, and what is never visited is left unset.
+
+Accuracy (tests/test_selective_scan.py): on the CPU a decay is exact to 2.1e-7 relative besides the rounding of its
+exponent, and exactly 1 where delta or A is 0; on CUDA to 2.4e-7, likewise, and decays below 2^-126 are 0.
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ from fastdiff.ops import _registry as reg
 
 LAYOUTS = ("bdl", "bld")
 MAX_STATES = 256  # kScanStates in csrc/fastdiff.h: floats of state per channel
+MAX_STATES_CUDA = 128  # kScanCudaStates
 _STEPS = 32  # kScanSteps
 _CHANNELS = 64  # kScanChannels
 _FIELDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # canonical operands, in order
@@ -98,10 +106,10 @@ def selective_scan(
             are not looked at; the operator itself does so on the CPU.
         TypeError: an argument is not a tensor of the right kind.
 
-    Native up to N = 256 (128 for a complex A); longer states, float64 and GPU tensors run on the reference.
+    Native up to N = 256 (128 for a complex A), on a GPU 128 (64); longer states and float64 run on the reference.
     """
     op = "selective_scan"
-    way = reg.route(op, _real_parts(u, delta, A, B, C), _real_parts(D, z, delta_bias, initial_state), cuda=False)
+    way = reg.route(op, _real_parts(u, delta, A, B, C), _real_parts(D, z, delta_bias, initial_state))
     call = _canonical(op, u, delta, A, B, C, D, z, delta_bias, initial_state, layout, order, resets)
     out, last = _serve(op, way, call, bool(delta_softplus), bool(reverse), layout == "bdl")
     out = out.transpose(1, 2) if layout == "bdl" else out
@@ -150,7 +158,7 @@ def selective_scan_multi(
         TypeError: an argument is not a tensor of the right kind.
     """
     op = "selective_scan_multi"
-    way = reg.route(op, (u, delta, A, B, C), (D, delta_bias), cuda=False)
+    way = reg.route(op, (u, delta, A, B, C), (D, delta_bias))
     call = _canonical_multi(op, u, delta, A, B, C, D, delta_bias, orders, layout)
     out, _ = _serve(op, way, call, bool(delta_softplus), False, layout == "bdl")
     return out.transpose(1, 2) if layout == "bdl" else out
@@ -493,9 +501,12 @@ def _check_resets(op: str, resets: Any, u: torch.Tensor, batch: int, L: int) -> 
 def too_long(A: torch.Tensor) -> str:
     """Why the native kernels cannot hold these states (A canonical); empty if they can."""
     states = A[0, 0].numel() if A.dim() and A.shape[0] and A.shape[1] else A.shape[2] * (2 if A.dim() == 4 else 1)
-    if states <= MAX_STATES:
+    on_cuda = A.is_cuda or _native._emulated
+    most = MAX_STATES_CUDA if on_cuda else MAX_STATES
+    if states <= most:
         return ""
-    return f"{states} floats of state per channel (native: up to {MAX_STATES}) are served by the reference only"
+    where = " on CUDA" if on_cuda else ""
+    return f"{states} floats of state per channel (native{where}: up to {most}) are served by the reference only"
 
 
 def _serve(op: str, way: str, call: tuple[Any, ...], softplus: bool, reverse: bool, first: bool) -> Any:
@@ -555,12 +566,25 @@ def _new_outputs(u, A, first, keep):  # type: ignore[no-untyped-def]
 
 
 def _scratch(u: torch.Tensor, s: dict[str, int], backward: bool) -> torch.Tensor:
-    """What the threads work in, [threads, floats]: no more threads than there are tasks."""
+    """What the threads of a CPU work in, [threads, floats]: no more threads than there are tasks."""
+    if _native.place(u)[0] >= 0:
+        return u.new_empty((1, 0), dtype=torch.float32)
     rows = s["N"] * (1 + s["complex"])
     extension: Any = _native.extension
     size = extension.scan_backward_scratch(rows) if backward else extension.scan_scratch(rows)
     tasks = s["B"] * s["G"] * -(-(s["D"] // s["G"]) // _CHANNELS)
     return u.new_empty((max(1, min(torch.get_num_threads(), tasks)), size), dtype=torch.float32)
+
+
+def _parts(whole: torch.Tensor, K: int) -> torch.Tensor | None:
+    """On CUDA, where K scans write an output each, in the order of the memory of their sum."""
+    if K == 1 or _native.place(whole)[0] < 0:
+        return None
+    return whole.new_empty((K, whole.numel()), dtype=torch.float32)
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _values(
@@ -599,7 +623,8 @@ def _inner(u, delta, A, B, C, D, z, delta_bias, initial, orders, resets):  # typ
             reg.fail(op, name, f"dtype {dtype}", t.dtype, TypeError)
     if orders is not None:
         orders = orders.contiguous()
-        _check_permutations("selective_scan", "order", orders)
+        if orders.is_cpu:  # the kernels on CUDA look for themselves that no position lies outside
+            _check_permutations("selective_scan", "order", orders)
     if resets is not None:
         resets = resets.contiguous()
     return (u, delta, A, B, C, D, delta_bias, z, initial), orders, resets
@@ -616,8 +641,9 @@ def _scan(  # type: ignore[no-untyped-def]
         return outputs
     scratch = _scratch(u, s, False)
     values = _values(s, softplus, reverse, scratch, operands, orders, resets)
-    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0)
-    _native.extension.selective_scan(-1, 0, (*values, *results))  # type: ignore[union-attr]
+    parts = _parts(out, s["K"])
+    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0, _address(parts))
+    _native.extension.selective_scan(*_native.place(u), (*values, *results))  # type: ignore[union-attr]
     return outputs
 
 
@@ -660,7 +686,9 @@ def _backward(  # type: ignore[no-untyped-def]
     K, rows = A.shape[0], A.shape[2] * (2 if A.dim() == 4 else 1)
     height = rows * (1 + s["constant_b"] + s["constant_c"]) + 2
     partial = u.new_empty((batch, K, height, channels), dtype=torch.float32)
-    blocks = -(-(channels // s["G"]) // _CHANNELS)
+    extension: Any = _native.extension
+    together = extension.scan_cuda_channels(rows) if _native.place(u)[0] >= 0 else _CHANNELS
+    blocks = -(-(channels // s["G"]) // together)
     sums = [
         None if s[constant] else u.new_empty((batch, K, s["G"], blocks, L, rows), dtype=torch.float32)
         for constant in ("constant_b", "constant_c")
@@ -677,8 +705,9 @@ def _backward(  # type: ignore[no-untyped-def]
     values = _values(s, softplus, reverse, scratch, operands, orders, resets)
     results = (states.data_ptr(), *(reg.operand(t) for t in (grad_out, grad_last, du, ddelta, dz, dA, dB, dC, dD, dbias,
                                                             dinitial)))  # fmt: skip
-    workspaces = (partial.data_ptr(), *(0 if t is None else t.data_ptr() for t in sums))
-    _native.extension.selective_scan_backward(-1, 0, (*values, *results, *workspaces))  # type: ignore[union-attr]
+    parts = _parts(du, K)
+    workspaces = (partial.data_ptr(), *(_address(t) for t in sums), _address(parts))
+    extension.selective_scan_backward(*_native.place(u), (*values, *results, *workspaces))
     return [g for g in grads if g is not None]
 
 
@@ -757,7 +786,6 @@ _scan_op = reg.define(
     _scan,
     _scan_fake,
     operands=_floats,
-    cuda=False,
 )
 _backward_op = reg.define(
     "selective_scan_backward",
@@ -766,5 +794,4 @@ _backward_op = reg.define(
     _backward,
     _backward_fake,
     operands=_floats,
-    cuda=False,
 )

@@ -31,7 +31,6 @@ UPDATE: dict[str, Case] = {
     "kNoiseLane": Case("ddim_step", _draws(7, torch.float32)),
 }
 
-GELU: dict[str, Case] = {}
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -65,9 +64,60 @@ HOPPER: dict[str, Case] = {
     "kHopperShrink": Case("attention", hopper(130, 300, scale=3.0), hopper=True),
 }
 
-SCAN: dict[str, Case] = {}
 
-CONV: dict[str, Case] = {}
+def _scan(D: int, L: int, N: int, layout: str, *, resets: bool = False) -> Callable[[], Any]:
+    def make() -> Any:
+        g = torch.Generator().manual_seed(5)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=g)
+
+        first = layout == "bdl"
+        whole, projected = ((1, D, L), (1, N, L)) if first else ((1, L, D), (1, L, N))
+        args = (randn(*whole), randn(*whole).abs(), -randn(D, N).abs(), randn(*projected), randn(*projected), randn(D))
+        marks = {"resets": torch.rand(1, L, generator=g) < 0.2} if resets else {}
+        return args, {"layout": layout, "z": randn(*whole), **marks}
+
+    return make
+
+
+SCAN: dict[str, Case] = {
+    "kScanTurn": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
+    "kScanTileBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
+    "kScanSumBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
+    "kScanOutBarrier": Case("selective_scan", _scan(33, 40, 8, "bdl"), grid=1),
+    "kScanReset": Case("selective_scan", _scan(5, 20, 3, "bld", resets=True)),
+    "kBackTurn": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
+    "kBackTileBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
+    "kBackSumBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
+    "kBackOutBarrier": Case("selective_scan", _scan(33, 40, 8, "bdl"), True, grid=1),
+    "kBackSumTurn": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
+}
+
+
+def _conv(D: int, L: int, K: int, layout: str) -> Callable[[], Any]:
+    def make() -> Any:
+        g = torch.Generator().manual_seed(6)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=g)
+
+        x = randn(3, D, L) if layout == "bdl" else randn(3, L, D)
+        return (x, randn(D, K), randn(D), "silu"), {"layout": layout, "initial_state": randn(3, D, K - 1)}
+
+    return make
+
+
+CONV: dict[str, Case] = {
+    "kConvStateBarrier": Case("causal_conv1d", _conv(33, 70, 4, "bdl"), grid=2),
+    "kConvTileBarrier": Case("causal_conv1d", _conv(33, 130, 4, "bld"), grid=2),
+    "kConvOutBarrier": Case("causal_conv1d", _conv(33, 130, 4, "bdl"), grid=2),
+    "kConvBackTileBarrier": Case("causal_conv1d", _conv(33, 130, 4, "bld"), True, grid=2),
+    "kConvBackSumBarrier": Case("causal_conv1d", _conv(33, 130, 4, "bld"), True, grid=2),
+    "kConvBackOutBarrier": Case("causal_conv1d", _conv(33, 130, 4, "bdl"), True, grid=2),
+    "kConvHalo": Case("causal_conv1d", _conv(2, 70, 4, "bld"), True),
+    "kConvPartBarrier": Case("causal_conv1d", _conv(2, 600, 4, "bld"), True),
+}
 
 GAUSSIAN: dict[str, Case] = {}
 

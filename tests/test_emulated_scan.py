@@ -1,0 +1,194 @@
+"""The selective scan's CUDA kernels under csrc/emu: what the random calls of test_emulated_ops.py may miss.
+
+Every mapping of states to threads and its edges, tiles just filled and just not, each way an operand comes in, long
+inputs; bits that must not depend on strides or the batch; and an order that is no permutation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from emu import harness
+from emu.harness import Emulator
+
+from fastdiff import _native, ops, use_backend
+from fastdiff.cli import _check
+from fastdiff.ops import SPECS
+from fastdiff.ops._registry import tensors_in
+
+page = importlib.import_module("fastdiff.ops.selective_scan")  # the package has a function of that name
+
+
+@pytest.fixture(scope="session")
+def built() -> Emulator:
+    reason = harness.why_not()
+    if reason:
+        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
+    return harness.build()
+
+
+@pytest.fixture
+def emu(built: Emulator) -> Iterator[Emulator]:
+    built.reset()
+    with built.operators():
+        yield built
+    built.reset()
+
+
+def call(
+    B: int = 2, D: int = 5, L: int = 9, N: int = 4, *, layout: str = "bld", groups: int = 0, is_complex: bool = False,
+    constant: str = "", dtype: torch.dtype = torch.float32, everything: bool = True, seed: int = 0,
+) -> Any:  # fmt: skip
+    """One call with every option in force."""
+    g = torch.Generator().manual_seed(seed)
+    first, parts = layout == "bdl", 2 if is_complex else 1
+
+    def randn(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(shape, generator=g).to(of)
+
+    def states(*shape: int) -> torch.Tensor:
+        return torch.view_as_complex(randn(*shape, 2, of=torch.float32)) if is_complex else randn(*shape)
+
+    def projection(name: str) -> torch.Tensor:
+        if name in constant:
+            return states(D, N)
+        inner = [groups] if groups else []
+        return randn(B, *inner, N, L * parts) if first else randn(B, L, *inner, N * parts)
+
+    whole = (B, D, L) if first else (B, L, D)
+    A = states(D, N)
+    if is_complex:
+        torch.view_as_real(A)[..., 0].abs_().neg_()
+    else:
+        A = -A.abs()
+    args = (randn(*whole), randn(*whole), A, projection("B"), projection("C"))
+    kwargs: dict[str, Any] = {"layout": layout, "delta_softplus": True}
+    if everything:
+        kwargs |= {
+            "D": randn(D), "z": randn(*whole), "delta_bias": randn(D), "return_last_state": True,
+            "initial_state": states(B, D, N), "order": torch.randperm(L, generator=g), "reverse": True,
+            "resets": torch.rand(B, L, generator=g) < 0.1,
+        }  # fmt: skip
+    return args, kwargs
+
+
+def check(args: Any, kwargs: Any, op: str = "selective_scan") -> None:
+    with use_backend("native"):
+        finding = _check.check(_check.expect(SPECS[op], args, kwargs, gradients=True, seed=1))
+    assert not finding.failures, (_check.describe(args, kwargs), finding.failures)
+
+
+# Floats of state: one lane to 32, just below and above each count of lanes and the change from 32 channels to 8.
+@pytest.mark.parametrize("N", [0, 1, 4, 5, 16, 17, 32, 33, 128])
+def test_states(emu: Emulator, N: int) -> None:
+    check(*call(B=1, D=9, L=6, N=N))
+
+
+@pytest.mark.parametrize("N", [1, 3, 16, 17, 64])
+def test_complex_states(emu: Emulator, N: int) -> None:
+    check(*call(B=1, D=9, L=6, N=N, is_complex=True, layout="bdl" if N % 2 else "bld"))
+
+
+@pytest.mark.parametrize("N", [6, 40])
+@pytest.mark.parametrize("is_complex", [False, True])
+@pytest.mark.parametrize("constant", ["B", "C", "BC"])
+def test_constant_projections(emu: Emulator, constant: str, is_complex: bool, N: int) -> None:
+    check(*call(D=10, L=35, N=N, constant=constant, is_complex=is_complex))
+
+
+@pytest.mark.parametrize("layout", page.LAYOUTS)
+@pytest.mark.parametrize("D", [8, 31, 32, 33, 64])
+def test_channels(emu: Emulator, D: int, layout: str) -> None:
+    check(*call(B=1, D=D, L=33, N=3, layout=layout))
+
+
+@pytest.mark.parametrize("layout", page.LAYOUTS)
+@pytest.mark.parametrize("L", [1, 31, 32, 64, 65, 200])
+def test_steps(emu: Emulator, L: int, layout: str) -> None:
+    check(*call(B=1, D=4, L=L, N=8, layout=layout))
+    check(*call(B=1, D=4, L=L, N=8, layout=layout, everything=False))
+
+
+@pytest.mark.parametrize("dtype", harness.STORED, ids=str)
+@pytest.mark.parametrize(("D", "groups"), [(12, 3), (80, 2), (6, 6)])
+def test_groups(emu: Emulator, D: int, groups: int, dtype: torch.dtype) -> None:
+    check(*call(B=1, D=D, L=34, N=8, groups=groups, dtype=dtype))
+
+
+@pytest.mark.parametrize("layout", page.LAYOUTS)
+@pytest.mark.parametrize(("D", "L"), [(8, 40), (3, 33)])
+def test_directions(emu: Emulator, D: int, L: int, layout: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    B, K, N, first = 2, 3, 4, layout == "bdl"
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=g)
+
+    u, delta, Bm, C = (
+        (randn(B, D, L), randn(B, K, D, L), randn(B, K, N, L), randn(B, K, N, L)) if first
+        else (randn(B, L, D), randn(B, L, K, D), randn(B, L, K, N), randn(B, L, K, N))
+    )  # fmt: skip
+    orders = torch.stack([torch.randperm(L, generator=g) for _ in range(K)])
+    args = (u, delta, -randn(K, D, N).abs(), Bm, C, randn(K, D))
+    check(args, {"orders": orders, "layout": layout, "delta_softplus": True}, "selective_scan_multi")
+
+
+def bits(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    (a, k), leaves = _check.with_leaves(SPECS["selective_scan"], args, kwargs)
+    with torch.enable_grad():
+        outputs = tensors_in(ops.selective_scan(*a, **k))
+        grads = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(t) for t in outputs])
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+@pytest.mark.parametrize("dtype", harness.STORED, ids=str)
+def test_bits_do_not_depend_on_strides(emu: Emulator, dtype: torch.dtype) -> None:
+    args, kwargs = call(D=36, L=40, N=8, dtype=dtype)
+
+    def apart(t: Any) -> Any:
+        """The same values in every second element of a larger tensor: no vectors, no contiguous axis."""
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+            return t
+        wide = torch.full((*t.shape, 2), float("nan"), dtype=t.dtype)
+        wide[..., 0] = t
+        return wide[..., 0]
+
+    strided = tuple(map(apart, args)), {k: apart(v) for k, v in kwargs.items()}
+    for a, b in zip(bits(args, kwargs), bits(*strided), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_sample_does_not_depend_on_its_batch(emu: Emulator) -> None:
+    args, kwargs = call(B=3, D=36, L=70, N=16)
+    whole = ops.selective_scan(*args, **kwargs)
+    for b in range(3):
+        one = ops.selective_scan(*SPECS["selective_scan"].take(b, args, kwargs)[0],
+                                 **SPECS["selective_scan"].take(b, args, kwargs)[1])  # fmt: skip
+        for a, c in zip(whole, one, strict=True):
+            assert torch.equal(a[b : b + 1], c)
+
+
+def test_an_order_out_of_range_stays_inside_the_tensors(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody looks at the values before the kernel does: positions outside go to the nearest end."""
+    monkeypatch.setattr(page, "_check_permutations", lambda *a: None)
+    args, kwargs = call(B=1, D=3, L=6, N=4, everything=False)
+    wild, tame = torch.tensor([0, 1, 2, 3, 4, 2**62]), torch.arange(6)
+    out = ops.selective_scan(*args, **kwargs, order=wild)
+    assert torch.equal(out, ops.selective_scan(*args, **kwargs, order=tame))
+    out = ops.selective_scan(*args, **kwargs, order=torch.tensor([-(2**62), 1, 2, 3, 4, 5]))
+    assert torch.equal(out, ops.selective_scan(*args, **kwargs, order=tame))
+
+
+def test_what_the_kernels_cannot_hold_runs_on_the_reference(emu: Emulator) -> None:
+    assert emu.kernels.scan_cuda_states == page.MAX_STATES_CUDA
+    for N, is_complex in ((129, False), (65, True)):
+        args, kwargs = call(B=1, D=2, L=2, N=N, is_complex=is_complex, everything=False)
+        with use_backend("native"), pytest.raises(RuntimeError, match="native on CUDA: up to 128"):
+            ops.selective_scan(*args, **kwargs)
+        expected = page.selective_scan_reference(*args, **kwargs)
+        assert torch.equal(ops.selective_scan(*args, **kwargs), expected)
+    assert _native.backend == "auto"
