@@ -3,7 +3,9 @@
 set(cuda_kernels
     csrc/cuda/adaln.cu
     csrc/cuda/attention_sm90.cu
+    csrc/cuda/blend.cu
     csrc/cuda/conv1d.cu
+    csrc/cuda/gaussian.cu
     csrc/cuda/gelu.cu
     csrc/cuda/scan.cu
     csrc/cuda/scan_backward.cu

@@ -443,28 +443,41 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   // gaussian
   using Blur = GaussianBlur;
   using BlurBack = GaussianBlurBackward;
-  kernel(m, "gaussian_blur", &cpu::gaussian_blur, nullptr, &Blur::B, &Blur::C, &Blur::H, &Blur::W, &Blur::border,
-         &Blur::x, &Blur::plan, &Blur::plan_stride, &Blur::table, &Blur::table_stride, &Blur::workspace, &Blur::slots,
-         &Blur::workspace_stride, &Blur::out);
-  kernel(m, "gaussian_blur_backward", &cpu::gaussian_blur_backward, nullptr, &Blur::B, &Blur::C, &Blur::H, &Blur::W,
+  kernel(m, "gaussian_blur", &cpu::gaussian_blur, FD_CUDA(gaussian_blur), &Blur::B, &Blur::C, &Blur::H, &Blur::W,
          &Blur::border, &Blur::x, &Blur::plan, &Blur::plan_stride, &Blur::table, &Blur::table_stride, &Blur::workspace,
-         &Blur::slots, &Blur::workspace_stride, &BlurBack::grad, &BlurBack::dx, &BlurBack::partial, &BlurBack::dsigma);
-  kernel(m, "box_mask", &cpu::box_mask, nullptr, &BoxMask::K, &BoxMask::H, &BoxMask::W, &Boxes::boxes, &Boxes::radius,
-         &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &BoxMask::profiles, &BoxMask::out);
+         &Blur::slots, &Blur::workspace_stride, &Blur::out, &Sigma::sigma, &Sigma::sigma_dtype, &Sigma::sigma_stride,
+         &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
+  kernel(m, "gaussian_blur_backward", &cpu::gaussian_blur_backward, FD_CUDA(gaussian_blur_backward), &Blur::B, &Blur::C,
+         &Blur::H, &Blur::W, &Blur::border, &Blur::x, &Blur::plan, &Blur::plan_stride, &Blur::table,
+         &Blur::table_stride, &Blur::workspace, &Blur::slots, &Blur::workspace_stride, &BlurBack::grad, &BlurBack::dx,
+         &BlurBack::partial, &BlurBack::dsigma, &Sigma::sigma, &Sigma::sigma_dtype, &Sigma::sigma_stride,
+         &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
+  kernel(m, "box_mask", &cpu::box_mask, FD_CUDA(box_mask), &BoxMask::K, &BoxMask::H, &BoxMask::W, &Boxes::boxes,
+         &Boxes::radius, &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &BoxMask::profiles,
+         &BoxMask::out, &Sigma::sigma, &Sigma::sigma_dtype, &Sigma::sigma_stride, &Sigma::sigma_y, &Sigma::sigma_x,
+         &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
   using BoxBack = BoxMaskBackward;
-  kernel(m, "box_mask_backward", &cpu::box_mask_backward, nullptr, &BoxBack::K, &BoxBack::H, &BoxBack::W, &Boxes::boxes,
-         &Boxes::radius, &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &BoxBack::profiles,
-         &BoxBack::grad, &BoxBack::dsigma);
+  kernel(m, "box_mask_backward", &cpu::box_mask_backward, FD_CUDA(box_mask_backward), &BoxBack::K, &BoxBack::H,
+         &BoxBack::W, &Boxes::boxes, &Boxes::radius, &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride,
+         &BoxBack::profiles, &BoxBack::grad, &BoxBack::dsigma, &BoxBack::partial, &Sigma::sigma, &Sigma::sigma_dtype,
+         &Sigma::sigma_stride, &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
   using Blend = GaussianBlend;
   using BlendBack = GaussianBlendBackward;
-  kernel(m, "gaussian_blend", &cpu::gaussian_blend, nullptr, &Blend::K, &Blend::B, &Blend::C, &Blend::H, &Blend::W,
-         &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes, &Boxes::radius, &Boxes::radius_stride,
-         &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges, &Blend::out);
-  kernel(m, "gaussian_blend_backward", &cpu::gaussian_blend_backward, nullptr, &Blend::K, &Blend::B, &Blend::C,
-         &Blend::H, &Blend::W, &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes, &Boxes::radius,
-         &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges,
+  kernel(m, "gaussian_blend", &cpu::gaussian_blend, FD_CUDA(gaussian_blend), &Blend::K, &Blend::B, &Blend::C, &Blend::H,
+         &Blend::W, &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes, &Boxes::radius,
+         &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges, &Blend::out,
+         &Sigma::sigma, &Sigma::sigma_dtype, &Sigma::sigma_stride, &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y,
+         &Sigma::size_x, &Sigma::sums);
+  kernel(m, "gaussian_blend_backward", &cpu::gaussian_blend_backward, FD_CUDA(gaussian_blend_backward), &Blend::K,
+         &Blend::B, &Blend::C, &Blend::H, &Blend::W, &Blend::background, &Blend::objects, &Blend::masks, &Boxes::boxes,
+         &Boxes::radius, &Boxes::radius_stride, &Boxes::prefix, &Boxes::prefix_stride, &Blend::profiles, &Blend::ranges,
          &BlendBack::grad, &BlendBack::dbackground, &BlendBack::dobjects, &BlendBack::dmasks, &BlendBack::workspace,
-         &BlendBack::slots, &BlendBack::workspace_stride);
+         &BlendBack::slots, &BlendBack::workspace_stride, &Sigma::sigma, &Sigma::sigma_dtype, &Sigma::sigma_stride,
+         &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
+  m.def("fold_reach", [](int64_t radius, int64_t n, int32_t border) { return fold_reach(radius, n, border); });
+  m.def("fold_entries", [](int64_t H, int64_t W) { return fold_entries(H, W); });
+  m.def("blur_tiles", [](int64_t H, int64_t W) { return blur_tiles(H, W); });
+  m.def("mask_chunks", [](int64_t H) { return mask_chunks(H); });
 
   // spectrum
   using S = Spectrum;

@@ -289,13 +289,44 @@ enum Border : int32_t { kReflect = 0, kReplicate = 1, kConstant = 2, kCircular =
 // Cosines that a wide Gaussian is made of (sliding path).
 constexpr int kCosines = 6;
 
+constexpr int64_t kMaxSupport = (int64_t{1} << 17) + 1;
+
+#ifdef __CUDACC__
+#define FD_CONSTEXPR static __host__ __device__ constexpr  // on the device too
+#else
+#define FD_CONSTEXPR static constexpr
+#endif
+
+// What the CUDA kernels make the taps of, on the device; the CPU kernels are given tables. Where a sigma in device
+// memory is not finite, or its support exceeds kMaxSupport, the sample is NaN.
+struct Sigma {
+  const void* sigma = nullptr;  // [B] or [1] with sigma_stride 0, kF64 too; null: the numbers sigma_y and sigma_x
+  int32_t sigma_dtype = kF64;
+  int64_t sigma_stride = 0;
+  double sigma_y = 0, sigma_x = 0;
+  int64_t size_y = 0, size_x = 0;  // supports; 0: int(6 |sigma|) | 1
+  double* sums = nullptr;          // workspace, see where it is used; null where no table is needed
+};
+// Radius of the taps once those beyond the image have been folded back, or dropped where they act on nothing.
+FD_CONSTEXPR int64_t fold_reach(int64_t radius, int64_t n, int32_t border) {
+  const int64_t most = border == kCircular ? n / 2 : border == kReflect || border == kConstant ? n - 1 : n;
+  return n == 1 && border != kConstant ? 0 : radius < most ? radius : most;
+}
+// Values per axis in a table of folded taps (csrc/cuda/gaussian.cuh).
+FD_CONSTEXPR int64_t fold_entries(int64_t H, int64_t W) {
+  return (H > W ? H : W) + 2 < kMaxSupport / 2 + 2 ? (H > W ? H : W) + 2 : kMaxSupport / 2 + 2;
+}
+
 // out[b, c] = Ay x[b, c] Ax^T, a separable Gaussian with normalised taps over a finite support.
 // plan[b] = {ry, rx, sliding, restart_y, restart_x}: radii; 1 where the sliding path serves; every how many rows and
 // columns its recurrences start afresh. table[b] holds, one after the other,
 //   taps [2 ry + 1], [2 rx + 1]; their derivatives by sigma [2 ry + 1], [2 rx + 1]; tails [ry + 1], [rx + 1], where
 //   tail i is the sum of the taps k >= i; and, where sliding, per axis [16] coefficients (csrc/cpu/gaussian_sliding.h)
 //   and [2 r + 2, 12] starting weights.
-struct GaussianBlur {
+// CUDA: radii of up to kBlurRadius are served by one kernel without memory of its own. Others need `sums`, 7
+// fold_entries doubles per sigma, and as workspace a float32 image [B, C, H, W], two for the gradient to sigma. The
+// caller leaves both null where it knows that no radius is larger.
+struct GaussianBlur : Sigma {
   int64_t B = 0, C = 0, H = 0, W = 0;
   int32_t border = kReflect;
   int32_t adjoint = 0;            // 1: the transpose of the operator
@@ -311,14 +342,20 @@ struct GaussianBlur {
 struct GaussianBlurBackward : GaussianBlur {
   Strided grad;               // [B, C, H, W]
   Strided dx;                 // out [B, C, H, W] contiguous, or absent
-  double* partial = nullptr;  // workspace [B, C, H], present exactly when dsigma is
+  double* partial = nullptr;  // workspace [B, C, H], CUDA: [B, C, blur_tiles], present exactly when dsigma is
   double* dsigma = nullptr;   // out [B]: sum of grad * d out / d sigma, or absent
 };
 
+constexpr int64_t kBlurTile = 64;    // pixels along a side of the tile of a block
+constexpr int64_t kBlurRadius = 16;  // the largest radius of taps that one kernel serves
+FD_CONSTEXPR int64_t blur_tiles(int64_t H, int64_t W) {
+  return ((H + kBlurTile - 1) / kBlurTile) * ((W + kBlurTile - 1) / kBlurTile);
+}
+
 // mask[k] = outer product of two profiles: the indicator of rows int(y1 H) .. int(y2 H), blurred as gaussian_blur does
 // with the reflect border, and likewise the columns. prefix[k] = {P [2 r + 2], Q [2 r + 2]}: sums of the first taps and
-// of their derivatives by sigma.
-struct Boxes {
+// of their derivatives by sigma. CUDA: Sigma in their place, and `sums` [K, 4, fold_entries].
+struct Boxes : Sigma {
   const double* boxes = nullptr;    // [K, 4] (x1, y1, x2, y2) as fractions of the image
   const int64_t* radius = nullptr;  // [K], or [1] with radius_stride 0
   const double* prefix = nullptr;   // [K, prefix_stride]
@@ -336,7 +373,10 @@ struct BoxMaskBackward : Boxes {
   Strided grad;               // [K, H, W]
   float* profiles = nullptr;  // workspace [K, 2 (H + W)]
   double* dsigma = nullptr;   // out [K]
+  double* partial = nullptr;  // workspace [K, mask_chunks(H)], CUDA only
 };
+constexpr int64_t kMaskRows = 32;  // of a mask, whose gradient to sigma a block of threads sums
+FD_CONSTEXPR int64_t mask_chunks(int64_t H) { return (H + kMaskRows - 1) / kMaskRows; }
 
 // out = background, then for every k in order: out = out (1 - m_k) + objects[k] m_k, with m_k from masks or boxes.
 // Where the mask of a box is exactly 0, so is objects[k], whatever it holds.
@@ -355,7 +395,7 @@ struct GaussianBlendBackward : GaussianBlend {
   Strided dbackground;         // out [B, C, H, W] contiguous, or absent
   Strided dobjects;            // out [K, B, C, H, W] contiguous, or absent
   float* dmasks = nullptr;     // out [K, H, W] or null
-  float* workspace = nullptr;  // [slots, workspace_stride], workspace_stride = (3 K + 2) kBlendBlock
+  float* workspace = nullptr;  // [slots, workspace_stride], workspace_stride = (3 K + 2) kBlendBlock; not for CUDA
   int64_t slots = 1, workspace_stride = 0;
 };
 constexpr int64_t kBlendBlock = 256;  // pixels that a thread of the backward pass takes at a time
@@ -492,6 +532,12 @@ void causal_conv1d(const CausalConv1d& a, int device, void* stream);
 void causal_conv1d_backward(const CausalConv1dBackward& a, int device, void* stream);
 
 // gaussian
+void gaussian_blur(const GaussianBlur& a, int device, void* stream);
+void gaussian_blur_backward(const GaussianBlurBackward& a, int device, void* stream);
+void box_mask(const BoxMask& a, int device, void* stream);
+void box_mask_backward(const BoxMaskBackward& a, int device, void* stream);
+void gaussian_blend(const GaussianBlend& a, int device, void* stream);
+void gaussian_blend_backward(const GaussianBlendBackward& a, int device, void* stream);
 
 // spectrum
 void spectrum(const Spectrum& a, int device, void* stream);

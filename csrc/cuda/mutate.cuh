@@ -58,7 +58,20 @@
   X(kConvHalo)        /* the gradient behind the tile stays without the slope of SiLU */ \
   X(kConvPartBarrier) /* parts are added before they are there */
 
-#define FD_GAUSSIAN_MUTATIONS(X)
+#define FD_GAUSSIAN_MUTATIONS(X)                                                       \
+  X(kFoldHalf)         /* the tap that stands on both ends of a period counts twice */ \
+  X(kDoubleSumBarrier) /* a block's sum without waiting for the other warps */         \
+  X(kTileBarrier)      /* rows are blurred before the tile has been read */            \
+  X(kRowsBarrier)      /* columns are blurred before the rows are */                   \
+  X(kRowsInPlace)      /* a warp overwrites rows that its lanes still read */          \
+  X(kTileReuse)        /* the next tile is read over one in use */                     \
+  X(kTailTap)          /* the last taps of a support are forgotten */                  \
+  X(kRingBarrier)      /* rows of the ring overwritten while they are read */          \
+  X(kEdgeHalf)         /* the adjoint of reflect keeps its edges whole */              \
+  X(kProfileBarrier)   /* a box blended before its profile is there */                 \
+  X(kBoxEnd)           /* a box that ends one column early */                          \
+  X(kSkippedBox)       /* boxes that only touch a tile are skipped */                  \
+  X(kLaterMasks)       /* the gradient to an object ignores those blended after it */
 
 #define FD_SPECTRUM_MUTATIONS(X)                                             \
   X(kLoadBarrier)      /* a transform begins before all of it is loaded */   \

@@ -103,7 +103,6 @@ reg.add(
             (args[0][b : b + 1], args[1]), {"sigma": take_sigma(b, kwargs["sigma"], args[0].shape[0])}
         ),
         inplace=None,
-        cuda=False,
         large="K=8 512x512",
         empty=[lambda dtype, device: ((torch.empty(0, 4, dtype=dtype), (5, 7)), {"sigma": torch.rand(0)})],
     )
@@ -273,7 +272,6 @@ reg.add(
         },
         take=lambda b, args, kwargs: ((args[0][b : b + 1], args[1][:, b : b + 1], args[2]), kwargs),
         peers={"conv chain": _conv_chain, "OpenCV chain": _opencv_chain},
-        cuda=False,
         large="K=4 (2,4,128,128) masks",
         empty=[
             lambda dtype, device: (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff import _native
 from fastdiff.ops import _registry as reg
 from fastdiff.ops._cache import bounded
 
@@ -21,6 +22,8 @@ SLIDING_SIGMA = 8.0  # from here on, and on images of SLIDING_SIDE or more, the 
 SLIDING_SIDE = 64
 SLIDING_LARGEST = 4096.0  # up to here: rounding of sums over the whole support stays below 5e-6
 COSINES = 6  # kCosines
+ONE_LAUNCH = 16  # kBlurRadius: on CUDA, larger radii need memory
+NO_SIGMA = (0, 3, 0, 0.0, 0.0, 0, 0, 0)  # struct Sigma on the CPU, which has tables
 # The lowest frequency is pi / (SPREAD (r + 1/2)). At 1.24 the sum of |errors| of the taps is below 1.5e-6 for every
 # sigma >= 8 (tests/test_gaussian.py); at 1.22 and 1.26 it is twice as large.
 SPREAD = 1.24
@@ -161,3 +164,31 @@ def _prefixes(sigmas: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         table[i, : p.size] = p
     radius = np.array([support(s) // 2 for s in sigmas], dtype=np.int64)
     return torch.from_numpy(radius), torch.from_numpy(table)
+
+
+def on_device(sigma: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A sigma that the CUDA kernels read by themselves; None where the host knows the numbers."""
+    return sigma if sigma is not None and sigma.device == like.device else None
+
+
+def device_sigma(
+    op: str, sigma: torch.Tensor | None, y: float, x: float, Ky: int, Kx: int, like: torch.Tensor
+) -> tuple[tuple[Any, ...], list[int], torch.Tensor | None]:
+    """struct Sigma without `sums`, the largest supports (y, x) there may be, and what must live until the launch.
+
+    Nothing is read from a tensor on the device of `like`.
+    """
+    there = on_device(sigma, like)
+    if there is None:
+        if sigma is None:
+            y, x = reg.number(op, "sigma", y, low=0.0), reg.number(op, "sigma", x, low=0.0)
+        else:  # [] on the CPU
+            y = x = float(sigma.detach())
+        supports = [k or check_support(op, "sigma", support(s)) for s, k in ((y, Ky), (x, Kx))]
+        return (0, 3, 0, y, x, Ky, Kx), supports, None
+    there = there.detach().resolve_neg().reshape(-1)
+    if there.dtype not in (torch.float64, *_native.DTYPES):
+        there = there.to(torch.float64)
+    code = _native.DTYPES.get(there.dtype, _native.FLOAT64_CODE)
+    stride = 0 if there.numel() == 1 else there.stride(0)
+    return (there.data_ptr(), code, stride, 0.0, 0.0, Ky, Kx), [Ky or MAX_SUPPORT, Kx or MAX_SUPPORT], there

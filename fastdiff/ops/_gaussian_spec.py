@@ -296,7 +296,6 @@ reg.add(
         },
         take=_take,
         peers={"OpenCV": _opencv, "SciPy": _scipy, "kornia": _kornia},
-        cuda=False,
         large="[4,3,300,300] sigma 8",
         empty=[
             lambda dtype, device: ((torch.empty(0, 3, 5, 5, dtype=dtype), 1.0), {}),

@@ -49,6 +49,8 @@ def gaussian_blend(
 
     Memory beyond the result: for boxes 4 (H + W + 8) bytes each; for masks their blurred copy in float32. The backward
     pass: 3 K + 2 kilobytes per thread, and a float32 mask per object where its gradient or that to sigma is wanted.
+    On CUDA, for boxes also 32 max(H, W) bytes each and nothing per thread; what `box_mask` says of CUDA tensors holds
+    for boxes and sigma. Boxes in sequences are uploaded once and kept: make the first call outside a graph's capture.
 
     Args:
         background: [B, C, H, W].
@@ -79,7 +81,7 @@ def gaussian_blend(
     tensor, value = check_number(_OP, sigma, background, objects.shape[0])
     if out is not None:
         reg.check_out(_OP, out, background, (background, objects, masks, tensor), (background,))
-    way = reg.route(_OP, (background, objects), (masks,), cuda=False)
+    way = reg.route(_OP, (background, objects), (masks,))
     learned = tensor is not None and torch.is_grad_enabled() and tensor.requires_grad
     if way is reg.REFERENCE:
         found = gaussian_blend_reference(background, objects, regions, sigma=sigma)
@@ -151,6 +153,8 @@ def _quick(background: Any, objects: Any, regions: Any, sigma: Any) -> torch.Ten
     """
     if type(sigma) is not float or type(regions) is not list or not 0 <= sigma < 1e4 or reg.fast(background) is None:
         return None
+    if _native.place(background)[0] >= 0:  # CPU kernels only, and not where CPU tensors stand for a GPU's
+        return None
     grad = torch.is_grad_enabled()
     for t, axes in ((background, 4), (objects, 5)):
         if (
@@ -182,7 +186,7 @@ def _quick(background: Any, objects: Any, regions: Any, sigma: Any) -> torch.Ten
         -1, 0,
         (K, B, C, H, W, (background.data_ptr(), code, *background.stride()),
          (objects.data_ptr(), codes[objects.dtype], *objects.stride()), None, boxes.data_ptr(), radius.data_ptr(), 0,
-         prefix.data_ptr(), 0, at + 32 * K, at, (out.data_ptr(), code, *out.stride())),
+         prefix.data_ptr(), 0, at + 32 * K, at, (out.data_ptr(), code, *out.stride()), *gp.NO_SIGMA),
     )  # fmt: skip
     return out
 
@@ -195,36 +199,42 @@ def _listed(boxes: tuple[tuple[float, ...], ...]) -> torch.Tensor | None:
     return torch.tensor(boxes, dtype=torch.float64, device="cpu")
 
 
-def _shared(background: Any, objects: Any, masks: Any, boxes: Any, sigma: Any, value: float) -> tuple[Any, list[Any]]:
-    """Everything the native forward and backward have in common: sizes, operands, boxes, profiles."""
+def _shared(
+    background: Any, objects: Any, masks: Any, boxes: Any, sigma: Any, value: float, like: torch.Tensor
+) -> tuple[Any, Any, list[Any]]:
+    """Everything the native forward and backward have in common: sizes, operands, boxes, profiles; struct Sigma. The
+    kernel runs on the device of `like`."""
     K, B, C, H, W = objects.shape
     boxed: Any = (0, 0, 0, 0, 0, 0, 0)
+    numbers: Any = gp.NO_SIGMA
     keep: list[Any] = []
     if boxes is not None:
-        boxed, keep = operands(_OP, "regions", boxes, sigma, value)
-        workspace = torch.empty(
-            K * (H + W + 8), dtype=torch.float32, device="cpu"
-        )  # ranges, int64 [K, 4], and profiles
+        boxed, numbers, keep = operands(_OP, "regions", boxes, sigma, value, like, (H, W))
+        # ranges, int64 [K, 4], and profiles
+        workspace = torch.empty(K * (H + W + 8), dtype=torch.float32, device=like.device)
         keep.append(workspace)
         at = workspace.data_ptr()
         boxed = (*boxed, at + 32 * K, at)
     masks = None if masks is None or not masks.numel() else masks
     return (
         (K, B, C, H, W, reg.operand(background), reg.operand(objects), reg.operand(masks), *boxed),
+        numbers,
         keep,
     )  # fmt: skip
 
 
 def _blend(background, objects, masks, boxes, sigma, value) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    out = torch.empty(background.shape, dtype=background.dtype, device="cpu")
+    out = torch.empty(background.shape, dtype=background.dtype, device=background.device)
     _blend_out(background, objects, masks, boxes, sigma, value, out)
     return out
 
 
 def _blend_out(background, objects, masks, boxes, sigma, value, out) -> None:  # type: ignore[no-untyped-def]
     if out.numel():
-        arguments, keep = _shared(background, objects, masks, boxes, sigma, value)
-        _native.extension.gaussian_blend(-1, 0, (*arguments, reg.operand(out)))  # type: ignore[union-attr]
+        arguments, numbers, keep = _shared(background, objects, masks, boxes, sigma, value, out)
+        _native.extension.gaussian_blend(  # type: ignore[union-attr]
+            *_native.place(out), (*arguments, reg.operand(out), *numbers)
+        )
         del keep
 
 
@@ -233,20 +243,21 @@ def _backward(  # type: ignore[no-untyped-def]
 ) -> list[torch.Tensor]:
     """Gradients to background, objects and masks, those that are wanted; the first two operands may be absent where
     the last is not."""
-    shape = grad.shape
-    dbackground = torch.empty(shape, dtype=grad.dtype, device="cpu") if want_background else None
-    dobjects = torch.empty(K, *shape, dtype=_DTYPES[code], device="cpu") if want_objects else None
-    dmasks = torch.zeros(K, *shape[2:], dtype=torch.float32, device="cpu") if want_masks else None
+    shape, place = grad.shape, grad.device
+    dbackground = torch.empty(shape, dtype=grad.dtype, device=place) if want_background else None
+    dobjects = torch.empty(K, *shape, dtype=_DTYPES[code], device=place) if want_objects else None
+    dmasks = torch.zeros(K, *shape[2:], dtype=torch.float32, device=place) if want_masks else None
     if grad.numel():
-        like = torch.empty(1, dtype=torch.float32, device="cpu").expand(K, *shape) if objects is None else objects
-        arguments, keep = _shared(background, like, masks, boxes, sigma, value)
-        slots = max(1, min(torch.get_num_threads(), shape[2]))
+        like = torch.empty(1, dtype=torch.float32, device=place).expand(K, *shape) if objects is None else objects
+        arguments, numbers, keep = _shared(background, like, masks, boxes, sigma, value, grad)
+        device, stream = _native.place(grad)
+        slots = max(1, min(torch.get_num_threads(), shape[2])) if device < 0 else 0
         floats = (3 * K + 2) * BLOCK
-        workspace = torch.empty(slots * floats, dtype=torch.float32, device="cpu")
+        workspace = torch.empty(slots * floats, dtype=torch.float32, device=place)
         _native.extension.gaussian_blend_backward(  # type: ignore[union-attr]
-            -1, 0,
+            device, stream,
             (*arguments, reg.operand(grad), reg.operand(dbackground), reg.operand(dobjects),
-             0 if dmasks is None else dmasks.data_ptr(), workspace.data_ptr(), slots, floats),
+             0 if dmasks is None else dmasks.data_ptr(), workspace.data_ptr(), slots, floats, *numbers),
         )  # fmt: skip
         del keep
     return [g for g in (dbackground, dobjects, dmasks) if g is not None]
@@ -325,7 +336,6 @@ _blend_op = reg.define(
     _blend,
     lambda background, *_: background.new_empty(background.shape),
     lambda background, objects, masks, *_: (background, objects, masks),
-    cuda=False,
 )
 _blend_out_op = reg.define(
     "gaussian_blend_out",
@@ -334,7 +344,6 @@ _blend_out_op = reg.define(
     _blend_out,
     lambda *_: None,
     lambda background, objects, masks, boxes, sigma, value, out: (background, objects, masks, out),
-    cuda=False,
 )
 _backward_op = reg.define(
     "gaussian_blend_backward",
@@ -344,5 +353,4 @@ _backward_op = reg.define(
     _backward,
     _backward_fake,
     lambda grad, background, objects, masks, *_: (grad, background, objects, masks),
-    cuda=False,
 )

@@ -15,6 +15,7 @@ import torch
 from fastdiff import _native
 from fastdiff.ops import _gaussian_plan as gp
 from fastdiff.ops import _registry as reg
+from fastdiff.ops._cache import bounded
 from fastdiff.ops.gaussian import brief, check_sigma, gaussian_blur_reference, integer
 
 _OP = "box_mask"
@@ -37,6 +38,10 @@ def box_mask(boxes: Boxes, size: tuple[int, int], *, sigma: float | torch.Tensor
     Memory beyond the result: 4 (H + W) bytes per box, 8 (H + W) in the backward pass; kept for later calls: at most 32
     MB of partial sums. Under `torch.vmap` neither boxes nor sigma may be vectorised.
 
+    On CUDA everything that depends on boxes and sigma is computed there, and neither is read by the host: a NaN corner
+    or a support beyond 131073 in a CUDA tensor makes the mask NaN instead of an error. Memory besides: 32 max(H, W)
+    bytes per box, and 8 bytes per 32 rows of a mask in the backward pass.
+
     Args:
         boxes: [K, 4] as (x1, y1, x2, y2), fractions of width and height; a tensor or nested sequences.
         size: (H, W), each at least 1.
@@ -54,7 +59,7 @@ def box_mask(boxes: Boxes, size: tuple[int, int], *, sigma: float | torch.Tensor
     boxes, dtype = check_boxes(_OP, "boxes", boxes)
     H, W = _size(size, boxes.shape[0])
     tensor, value = check_number(_OP, sigma, boxes, boxes.shape[0])
-    way = reg.route(_OP, (boxes if boxes.dtype == dtype else boxes.to(dtype),), cuda=False)
+    way = reg.route(_OP, (boxes if boxes.dtype == dtype else boxes.to(dtype),))
     if way is reg.REFERENCE:
         return box_mask_reference(boxes, (H, W), sigma=sigma).to(dtype)
     if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
@@ -100,8 +105,8 @@ def check_boxes(op: str, argument: str, boxes: Any) -> tuple[torch.Tensor, torch
 
 
 def check_corners(op: str, argument: str, boxes: torch.Tensor) -> None:
-    """No corner is NaN. Where boxes are traced, the kernel asks."""
-    if torch.compiler.is_compiling():
+    """No corner is NaN. Where boxes are traced, the kernel asks; on a GPU its result is NaN."""
+    if torch.compiler.is_compiling() or not boxes.is_cpu:
         return
     if torch._C._functorch.is_batchedtensor(boxes):
         reg.fail(op, argument, "boxes outside torch.vmap: their corners are read as numbers", "a vectorised tensor")
@@ -138,9 +143,21 @@ def check_number(op: str, sigma: Any, like: torch.Tensor, count: int) -> tuple[t
 # -------------------------------------------------------------------------------------------------- native functions
 
 
-def operands(op: str, argument: str, boxes: torch.Tensor, sigma: Any, value: float) -> tuple[Any, list[torch.Tensor]]:
-    """Boxes and prefix sums for the native side (struct Boxes), and what must live until the kernel returns."""
+def operands(
+    op: str, argument: str, boxes: torch.Tensor, sigma: Any, value: float, like: torch.Tensor, size: tuple[int, int]
+) -> tuple[Any, Any, list[Any]]:
+    """Boxes and prefix sums for the native side (struct Boxes), struct Sigma, and what must live until the kernel
+    returns. The kernel runs on the device of `like`, for masks of `size`."""
     check_corners(op, argument, boxes)
+    if _native.place(like)[0] >= 0:
+        numbers, _, there = gp.device_sigma(op, sigma, value, value, 0, 0, like)
+        if boxes.device == like.device:
+            corners = boxes.resolve_neg().to(torch.float64).contiguous()
+        else:
+            corners = _uploaded(tuple(boxes.to(torch.float64).reshape(-1).tolist()), like.device)
+        entries = boxes.shape[0] * 4 * _native.extension.fold_entries(*size)  # type: ignore[union-attr]
+        sums = torch.empty(entries, dtype=torch.float64, device=like.device)
+        return (corners.data_ptr(), 0, 0, 0, 0), (*numbers, sums.data_ptr()), [corners, there, sums]
     reg.number(op, "sigma", value, low=0.0)  # a traced one comes unchecked
     values = [value] if sigma is None else sigma.detach().reshape(-1).tolist()
     for v in values:
@@ -155,32 +172,45 @@ def operands(op: str, argument: str, boxes: torch.Tensor, sigma: Any, value: flo
         prefix.data_ptr(),
         0 if shared else prefix.shape[1],
     )
-    return arguments, [corners, radius, prefix]
+    return arguments, gp.NO_SIGMA, [corners, radius, prefix]
+
+
+@bounded(lambda corners: 16 * corners.numel())  # with the key
+def _uploaded(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Corners from the host on a GPU, kept: their first use must not fall into the capture of a graph."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _box_mask(boxes, sigma, value, H, W, code) -> torch.Tensor:  # type: ignore[no-untyped-def]
     K = boxes.shape[0]
-    out = torch.empty(K, H, W, dtype=_DTYPES[code], device="cpu")
+    out = torch.empty(K, H, W, dtype=_DTYPES[code], device=boxes.device)
     if K:
-        shared, keep = operands(_OP, "boxes", boxes, sigma, value)
-        profiles = torch.empty(K * (H + W), dtype=torch.float32, device="cpu")
-        _native.extension.box_mask(-1, 0, (K, H, W, *shared, profiles.data_ptr(), reg.operand(out)))  # type: ignore[union-attr]
+        shared, numbers, keep = operands(_OP, "boxes", boxes, sigma, value, boxes, (H, W))
+        profiles = torch.empty(K * (H + W), dtype=torch.float32, device=boxes.device)
+        _native.extension.box_mask(  # type: ignore[union-attr]
+            *_native.place(boxes), (K, H, W, *shared, profiles.data_ptr(), reg.operand(out), *numbers)
+        )
         del keep
     return out
 
 
 def _backward(grad, boxes, sigma) -> torch.Tensor:  # type: ignore[no-untyped-def]
     K, H, W = grad.shape
-    dsigma = torch.zeros(K, dtype=torch.float64, device="cpu")
+    dsigma = torch.zeros(K, dtype=torch.float64, device=grad.device)
     if K:
-        shared, keep = operands(_OP, "boxes", boxes, sigma, 0.0)
-        profiles = torch.empty(2 * K * (H + W), dtype=torch.float32, device="cpu")
+        shared, numbers, keep = operands(_OP, "boxes", boxes, sigma, 0.0, grad, (H, W))
+        profiles = torch.empty(2 * K * (H + W), dtype=torch.float32, device=grad.device)
+        device, stream = _native.place(grad)
+        parts = 0 if device < 0 else K * _native.extension.mask_chunks(H)  # type: ignore[union-attr]
+        partial = torch.empty(parts, dtype=torch.float64, device=grad.device)
         _native.extension.box_mask_backward(  # type: ignore[union-attr]
-            -1, 0, (K, H, W, *shared, profiles.data_ptr(), reg.operand(grad), dsigma.data_ptr())
-        )
+            device, stream,
+            (K, H, W, *shared, profiles.data_ptr(), reg.operand(grad), dsigma.data_ptr(), partial.data_ptr(),
+             *numbers),
+        )  # fmt: skip
         del keep
     total = dsigma if sigma.numel() == K else dsigma.sum()
-    return total.to(sigma.dtype).reshape(sigma.shape)
+    return total.to(device=sigma.device, dtype=sigma.dtype).reshape(sigma.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradient
@@ -216,7 +246,6 @@ _box_op = reg.define(
     _box_mask,
     lambda boxes, sigma, value, H, W, code: boxes.new_empty(boxes.shape[0], H, W, dtype=_DTYPES[code]),
     lambda *_: (),  # boxes and sigma may be of any floating-point type
-    cuda=False,
 )
 _backward_op = reg.define(
     "box_mask_backward",
@@ -225,5 +254,4 @@ _backward_op = reg.define(
     _backward,
     lambda grad, boxes, sigma: sigma.new_empty(sigma.shape),
     lambda grad, *_: grad,
-    cuda=False,
 )

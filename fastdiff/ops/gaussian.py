@@ -57,6 +57,12 @@ def gaussian_blur(
     dimensions or more is copied where its axes between the first and the image do not fall together into one (a
     transposed or cut view of a larger tensor). Tables of taps are kept for later calls, at most 32 MB of them.
 
+    On CUDA every support is computed tap by tap, exactly, and taps beyond the image are folded back onto it; none is
+    made or read by the host, so that a captured graph may be replayed with another sigma in its tensor. One launch and
+    no memory where no radius K // 2 exceeds 16. Where one does, or may, because sigma is a CUDA tensor and kernel_size
+    None: a float32 copy of x (two for the gradient to sigma) and at most 56 max(H, W) bytes per sigma. A support beyond
+    131073 that only the device knows of makes its sample NaN instead of an error.
+
     Args:
         x: [..., H, W]. With sigma per sample, [B, ..., H, W].
         sigma: standard deviation in pixels: a number >= 0, a pair of them (sigma_y, sigma_x), or a tensor [] or [B].
@@ -208,9 +214,14 @@ def _sizes(kernel_size: Any) -> tuple[int, int]:
 
 def _route(x: torch.Tensor, sigma: torch.Tensor | None) -> str:
     if x.dtype != torch.uint8:
-        way = reg.route(_OP, (x,), cuda=False)
-    elif _native.backend == "reference" or _native.extension is None or not x.is_cpu or reg.transforms_active():
-        way = reg._fallback(_OP, (x,), cuda=False)
+        way = reg.route(_OP, (x,))
+    elif (
+        _native.backend == "reference"
+        or _native.extension is None
+        or not (x.is_cpu or (x.is_cuda and reg._has_cuda))
+        or reg.transforms_active()
+    ):
+        way = reg._fallback(_OP, (x,))
     else:
         return reg.OP
     if way is reg.OP and sigma is not None and torch.is_grad_enabled() and sigma.requires_grad:
@@ -269,18 +280,40 @@ def _arguments(x: torch.Tensor, operands: list[torch.Tensor], sigma: Any, rule: 
     )
 
 
+def _cuda_arguments(x: torch.Tensor, sigma: Any, rule: Any, copies: int) -> tuple[Any, Any, list[Any]]:
+    """The same for CUDA, struct Sigma (csrc/fastdiff.h), and what must live. `copies`: images of workspace."""
+    sy, sx, ky, kx, border = rule
+    H, W = x.shape[-2:]
+    numbers, supports, there = gp.device_sigma(_OP, sigma, sy, sx, ky, kx, x)
+    ext = _native.extension
+    assert ext is not None
+    workspace = sums = None
+    if max(ext.fold_reach(K // 2, n, border) for K, n in zip(supports, (H, W), strict=True)) > gp.ONE_LAUNCH:
+        samples = x.shape[0] if numbers[2] else 1
+        workspace = torch.empty(copies * x.numel(), dtype=torch.float32, device=x.device)
+        sums = torch.empty(samples * 7 * ext.fold_entries(H, W), dtype=torch.float64, device=x.device)
+    shared = (0, 0, 0, 0, 0 if workspace is None else workspace.data_ptr(), 0, 0)
+    return shared, (*numbers, 0 if sums is None else sums.data_ptr()), [there, workspace, sums]
+
+
 def _operand(t: torch.Tensor) -> tuple[int, ...]:
     return (t.data_ptr(), _CODES[t.dtype], *t.stride())
 
 
 def _blur(x, sigma, sy, sx, ky, kx, border) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    x4 = _planes(x)
-    shared, keep = _arguments(x4, [x4], sigma, (sy, sx, ky, kx, border))
+    x4, rule = _planes(x), (sy, sx, ky, kx, border)
+    device, stream = _native.place(x)
+    keep: list[Any]
+    if device < 0:
+        shared, keep = _arguments(x4, [x4], sigma, rule)
+        numbers: Any = gp.NO_SIGMA
+    else:
+        shared, numbers, keep = _cuda_arguments(x4, sigma, rule, 1)
     _native.extension.gaussian_blur(  # type: ignore[union-attr]
-        -1, 0, (*x4.shape, border, _operand(x4), *shared, _operand(_planes(out)))
+        device, stream, (*x4.shape, border, _operand(x4), *shared, _operand(_planes(out)), *numbers)
     )
     del keep
     return out
@@ -291,23 +324,30 @@ def _backward(  # type: ignore[no-untyped-def]
 ) -> list[torch.Tensor]:
     """[gradient to x, if wanted] + [gradient to sigma, if wanted]."""
     g = _planes(grad)
-    dx = torch.empty(grad.shape, dtype=grad.dtype, device="cpu") if want_x else None
+    dx = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device) if want_x else None
     found = [] if dx is None else [dx]
-    B, C, H, _ = g.shape
-    dsigma = torch.zeros(B, dtype=torch.float64, device="cpu") if want_sigma else None
+    B, C, H, W = g.shape
+    dsigma = torch.zeros(B, dtype=torch.float64, device=grad.device) if want_sigma else None
     if grad.numel():
-        x4 = g if x is None else _planes(x)
-        shared, keep = _arguments(g, [g, x4], sigma, (sy, sx, ky, kx, border))
-        partial = torch.empty(B * C * H if want_sigma else 0, dtype=torch.float64, device="cpu")
+        x4, rule = g if x is None else _planes(x), (sy, sx, ky, kx, border)
+        device, stream = _native.place(grad)
+        keep: list[Any]
+        if device < 0:
+            shared, keep = _arguments(g, [g, x4], sigma, rule)
+            numbers: Any = gp.NO_SIGMA
+        else:
+            shared, numbers, keep = _cuda_arguments(g, sigma, rule, 2 if want_sigma else 1)
+        parts = H if device < 0 else _native.extension.blur_tiles(H, W)  # type: ignore[union-attr]
+        partial = torch.empty(B * C * parts if want_sigma else 0, dtype=torch.float64, device=grad.device)
         _native.extension.gaussian_blur_backward(  # type: ignore[union-attr]
-            -1, 0,
+            device, stream,
             (*g.shape, border, _operand(x4), *shared, _operand(g), None if dx is None else _operand(_planes(dx)),
-             partial.data_ptr() if want_sigma else 0, 0 if dsigma is None else dsigma.data_ptr()),
+             partial.data_ptr() if want_sigma else 0, 0 if dsigma is None else dsigma.data_ptr(), *numbers),
         )  # fmt: skip
         del keep
     if dsigma is not None:
         total = dsigma if sigma.numel() == B else dsigma.sum()
-        found.append(total.to(sigma.dtype).reshape(sigma.shape))
+        found.append(total.to(device=sigma.device, dtype=sigma.dtype).reshape(sigma.shape))
     return found
 
 
@@ -374,7 +414,6 @@ _blur_op = reg.define(
     _blur,
     lambda x, *_: x.new_empty(x.shape),
     lambda x, *_: _floats(x),
-    cuda=False,
 )
 _backward_op = reg.define(
     "gaussian_blur_backward",
@@ -383,5 +422,4 @@ _backward_op = reg.define(
     _backward,
     _backward_fake,
     lambda grad, x, *_: _floats(grad, x),
-    cuda=False,
 )

@@ -119,7 +119,40 @@ CONV: dict[str, Case] = {
     "kConvPartBarrier": Case("causal_conv1d", _conv(2, 600, 4, "bld"), True),
 }
 
-GAUSSIAN: dict[str, Case] = {}
+
+def _image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _blur(shape: tuple[int, ...], sigma: float, backward: bool = False, grid: int = 1000, **options: Any) -> Case:
+    return Case("gaussian_blur", lambda: ((_image(*shape), torch.tensor(sigma)), options), backward, grid)
+
+
+def _blend(shape: tuple[int, ...], boxes: list[list[float]], sigma: float = 1.0, backward: bool = False) -> Case:
+    return Case(
+        "gaussian_blend",
+        lambda: ((_image(*shape), _image(len(boxes), *shape, seed=1), boxes), {"sigma": sigma}),
+        backward,
+    )
+
+
+_BOX = [0.1, 0.2, 0.7, 0.9]
+
+GAUSSIAN: dict[str, Case] = {
+    "kFoldHalf": _blur((1, 5, 6), 4.0),
+    "kDoubleSumBarrier": _blur((1, 20, 30), 1.0, backward=True),
+    "kTileBarrier": _blur((1, 20, 30), 1.0),
+    "kRowsBarrier": _blur((1, 50, 30), 2.0),
+    "kRowsInPlace": _blur((1, 20, 60), 2.0),
+    "kTileReuse": _blur((4, 20, 30), 1.0, grid=1),
+    "kTailTap": _blur((1, 20, 30), 1.0),
+    "kRingBarrier": _blur((1, 90, 30), 30.0, kernel_size=(141, 3), border="constant"),
+    "kEdgeHalf": _blur((1, 20, 30), 1.0, backward=True),
+    "kProfileBarrier": _blend((1, 1, 20, 30), [_BOX, _BOX]),
+    "kBoxEnd": _blend((1, 1, 20, 30), [_BOX]),
+    "kSkippedBox": _blend((1, 1, 40, 32), [[0.0, 0.0, 1.0, 0.83]], sigma=0.0),  # one row of it in the second tile
+    "kLaterMasks": _blend((1, 1, 20, 30), [_BOX, _BOX], backward=True),
+}
 
 SPECTRUM = {
     "kLoadBarrier": Case("spectral_features", _normal(1, 33, 20)),
