@@ -2,6 +2,8 @@
 # Sets FASTDIFF_CUDA_ENABLED, FASTDIFF_CUDA_ARCHS_USED, cuda_objects.
 set(cuda_kernels
     csrc/cuda/adaln.cu
+    csrc/cuda/attention.cu
+    csrc/cuda/attention_backward.cu
     csrc/cuda/attention_sm90.cu
     csrc/cuda/blend.cu
     csrc/cuda/conv1d.cu

@@ -394,18 +394,20 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   // attention
   {
     using A = AttentionForward;
-    kernel(m, "attention_forward", &cpu::attention_forward, nullptr, &A::B, &A::H, &A::N, &A::M, &A::d, &A::scale,
-           &A::eps, &A::interleaved, &A::q, &A::k, &A::v, &A::out, &A::q_weight, &A::k_weight, &A::cos, &A::sin,
-           &A::stats, &A::workspace, &A::slots, &A::per_slot);
+    kernel(m, "attention_forward", &cpu::attention_forward, FD_CUDA(attention_forward), &A::B, &A::H, &A::N, &A::M,
+           &A::d, &A::scale, &A::eps, &A::interleaved, &A::q, &A::k, &A::v, &A::out, &A::q_weight, &A::k_weight,
+           &A::cos, &A::sin, &A::stats, &A::workspace, &A::slots, &A::per_slot);
     using G = AttentionBackward;
-    kernel(m, "attention_backward", &cpu::attention_backward, nullptr, &G::B, &G::H, &G::N, &G::M, &G::d, &G::scale,
-           &G::eps, &G::interleaved, &G::q, &G::k, &G::v, &G::out, &G::q_weight, &G::k_weight, &G::cos, &G::sin,
-           &G::stats, &G::workspace, &G::slots, &G::per_slot, &G::grad, &G::dq, &G::dk, &G::dv, &G::dq_weight,
-           &G::dk_weight, &G::partial);
+    kernel(m, "attention_backward", &cpu::attention_backward, FD_CUDA(attention_backward), &G::B, &G::H, &G::N, &G::M,
+           &G::d, &G::scale, &G::eps, &G::interleaved, &G::q, &G::k, &G::v, &G::out, &G::q_weight, &G::k_weight,
+           &G::cos, &G::sin, &G::stats, &G::workspace, &G::slots, &G::per_slot, &G::grad, &G::dq, &G::dk, &G::dv,
+           &G::dq_weight, &G::dk_weight, &G::partial);
   }
   m.def("attention_workspace", [](int64_t N, int64_t M, int64_t d) { return attention_workspace(N, M, d); });
   m.def("attention_backward_workspace",
         [](int64_t N, int64_t M, int64_t d) { return attention_backward_workspace(N, M, d); });
+  m.def("attention_parts", [](int64_t N) { return attention_parts(N); });
+  m.attr("attention_head_dim") = kAttentionHeadDim;
 
   // selective scan
   kernel(m, "selective_scan", &cpu::selective_scan, FD_CUDA(selective_scan), &Scan::B, &Scan::K, &Scan::G, &Scan::L,

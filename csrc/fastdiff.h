@@ -155,8 +155,8 @@ struct AttentionForward {
   const float *cos = nullptr, *sin = nullptr;            // [N, d] or null; N == M then
   float* stats = nullptr;                                // out [B, H, N, 2] or null: m = max(log2(e) scores), and
                                                          // sum(2^(log2(e) scores - m))
-  float* workspace = nullptr;                            // [slots, per_slot], see attention_workspace
-  int64_t slots = 0, per_slot = 0;                       // at most `slots` threads take part
+  float* workspace = nullptr;                            // CPU: [slots, per_slot], see attention_workspace
+  int64_t slots = 0, per_slot = 0;                       // CPU: at most `slots` threads take part
 };
 
 constexpr int64_t kAttentionChunk = 512;  // keys that a run of query tiles goes through together
@@ -175,8 +175,14 @@ struct AttentionBackward : AttentionForward {        // as it was, `out` and `st
   Strided grad;                                      // [B, H, N, d]
   Strided dq, dk, dv;                                // out, shapes of q, k, v; each may be absent
   float *dq_weight = nullptr, *dk_weight = nullptr;  // out [d] or null
-  float* partial = nullptr;                          // workspace [2, B H, d], null when neither is wanted
+  float* partial = nullptr;                          // workspace [2, B H, d], null when neither is wanted; CUDA:
+                                                     // [2 B H attention_parts(N) + 2 B H, d]
 };
+
+// On CUDA the forward pass needs no workspace and the backward pass [B, H, N] for sum(grad out) of every query. Rows
+// are summed in parts of 16 for the weights' gradients. Larger head dims than this have no CUDA kernel.
+static constexpr int64_t attention_parts(int64_t N) { return (N + 15) / 16; }
+constexpr int64_t kAttentionHeadDim = 256;
 
 constexpr int64_t kAttentionBackChunk = 256;  // keys whose gradients are summed together
 
@@ -522,6 +528,8 @@ void gelu_forward(const Gelu& a, int device, void* stream);
 void gelu_backward(const Gelu& a, int device, void* stream);
 
 // attention
+void attention_forward(const AttentionForward& a, int device, void* stream);
+void attention_backward(const AttentionBackward& a, int device, void* stream);
 
 // selective scan
 void selective_scan(const Scan& a, int device, void* stream);

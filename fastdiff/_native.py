@@ -145,7 +145,7 @@ class use_backend:
 def _set_backend(name: str) -> None:
     global backend, fast
     backend = name
-    fast = _fast if name != "reference" else None
+    fast = _fast if name != "reference" and not _emulated else None
 
 
 def reasons(tensors: Iterable[torch.Tensor | None], *, hard: bool = False, cuda: bool = True) -> list[str]:

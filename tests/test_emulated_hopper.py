@@ -74,7 +74,6 @@ def test_packed_operands_are_read_in_place(emu: Emulator, N: int) -> None:
 def test_large_logits_and_rows_that_do_not_count(emu: Emulator) -> None:
     q, k, v = (draw(i, 1, 1, 200, 64, dtype=torch.bfloat16) for i in range(3))
     forward(emu, "attention", q, 100 * k, v, scale=2.0)
-    forward(emu, "attention", q, k, v, scale=0.0)
     k[0, 0, :130] = -k[0, 0, :130].abs() * 300  # the maximum comes in the second tile
     forward(emu, "attention", q.abs(), k, v)
 
@@ -107,6 +106,7 @@ def test_what_it_cannot_serve_goes_the_other_way(emu: Emulator) -> None:
             lambda: attention(odd, odd, odd),
             lambda: attention(q[..., :72].float(), q[..., :72].float(), q[..., :72].float()),
             lambda: attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], layout="bnhd", scale=-1.0),
+            lambda: attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2], layout="bnhd", scale=0.0),
             lambda: attention_qkvpacked(packed, q_norm=torch.ones(72)),
         ]
         for call in calls:

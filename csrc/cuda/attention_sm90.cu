@@ -377,7 +377,7 @@ bool aligned(const Strided& x) {
 
 bool attention_forward_sm90(const AttentionForward& a, int device, void* stream) {
   const DeviceGuard guard(device);
-  if (!wanted(device) || a.q.dtype == kF32 || a.q_weight || a.k_weight || a.cos || !(a.scale >= 0) || !aligned(a.out) ||
+  if (!wanted(device) || a.q.dtype == kF32 || a.q_weight || a.k_weight || a.cos || !(a.scale > 0) || !aligned(a.out) ||
       a.N >= int64_t{1} << 31 || a.M >= int64_t{1} << 31)
     return false;
   if (a.d == 64) return a.q.dtype == kBF16 ? run<true, 64>(a, device, stream) : run<false, 64>(a, device, stream);

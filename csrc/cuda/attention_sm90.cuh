@@ -6,7 +6,7 @@ namespace fastdiff {
 namespace cuda {
 
 // Enqueues the call and returns true, or returns false when this path cannot serve it: another GPU, float32, a head dim
-// other than 64, 72 and 128, norms or rotations, a negative scale, rows that are not aligned to 16 bytes.
+// other than 64, 72 and 128, norms or rotations, a scale that is not positive, rows that are not aligned to 16 bytes.
 bool attention_forward_sm90(const AttentionForward& a, int device, void* stream);
 
 }  // namespace cuda

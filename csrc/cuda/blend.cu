@@ -11,7 +11,7 @@
 //
 // Blend. A block takes a tile of one plane: 32 lanes of 16 bytes across, eight warps of four rows (two of a 16-bit
 // type) down. The background is asked for first; the profiles of the boxes that touch the tile go to shared memory,
-// sixteen boxes at a time; then objects two by two, so that a thread has 128 bytes in flight (96 KB an SM at three
+// sixteen boxes at a time; then objects two by two, so that a thread has 128 bytes in flight (64 KB an SM at two
 // blocks of 256 threads; 26 KB would cover the latency). Lanes where a box's profile is 0 do not read its object. Masks
 // [K, H, W] are read beside the objects; neighbouring blocks take the same tile of all planes, so that a mask comes
 // from memory once. Predicted: profiles 4 us (a launch and one chain of three barriers), blend 85 % of copy speed: 38

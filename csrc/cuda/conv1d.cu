@@ -12,14 +12,14 @@
 // float32, along whichever axis is contiguous (four channels a load, or 32 steps of a channel, transposed on the way);
 // then lanes are channels and a thread takes eight steps in a row, its window of K values in registers. So both
 // layouts, and any strides, share one kernel and give the same bits. 2 KB are asked for at once by every warp's lanes
-// together and eight blocks fit an SM (17 KB, 32 registers a thread): enough in flight for the memory.
+// together and six blocks fit an SM (17 KB, 40 registers a thread).
 //
 // Backward: dx at t needs dpre of t .. t + K - 1, so a block computes the K - 1 dpre of the next tile once more.
 // dweight and dbias are summed over a thread's eight steps, over the eight warps, into a workspace per tile, and by a
 // second kernel over the tiles of all samples: in 8 interleaved parts, then these in order. No atomics.
 //
-// Predicted at (2, 1536, 1024), K = 4, bf16: forward 12.6 MB, 4 us (75 % of copy), backward 19 MB, 8 us (shared memory:
-// four accesses a value). Performance: not measured.
+// Predicted at (2, 1536, 1024), K = 4, bf16: forward 12.6 MB, 4 us at best (75 % of copy), backward 19 MB, 8 us (shared
+// memory: four accesses a value). Performance: not measured.
 #include "mma.cuh"
 #include "vec.cuh"
 

@@ -69,6 +69,24 @@ FD_D void mma_16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
 #endif
 }
 
+// d += A B, A [16, 8] and B [8, 8] of bfloat16 or float16: the first half of the fragments of mma_16.
+template <bool kBf16>
+FD_D void mma_8(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kBf16)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+  else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+#elif !defined(__CUDACC__)
+  const uint32_t wide_a[4] = {a[0], a[1], 0, 0}, wide_b[2] = {b, 0};
+  mma_16<kBf16>(d, wide_a, wide_b);
+#endif
+}
+
 // The float32 nearest to x that tf32 can hold: 10 bits behind the point, ties away from zero.
 FD_D uint32_t to_tf32(float x) {
 #ifdef __CUDA_ARCH__

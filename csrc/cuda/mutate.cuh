@@ -27,7 +27,18 @@
   X(kGeluStep) /* every vector of a thread to the first's place */ \
   X(kGeluTail) /* elements after the last whole vector are forgotten */
 
-#define FD_ATTENTION_MUTATIONS(X)
+#define FD_ATTENTION_MUTATIONS(X)                                                             \
+  X(kAttentionTileBarrier)   /* a tile of keys is used before the other threads' part came */ \
+  X(kAttentionQueryBarrier)  /* likewise the queries */                                       \
+  X(kAttentionPrepared)      /* queries used before they are normalised */                    \
+  X(kAttentionStage)         /* the next tile overwrites the one in use */                    \
+  X(kAttentionSingleStage)   /* likewise where there is room for one only */                  \
+  X(kAttentionResultBarrier) /* the result overwrites operands in use */                      \
+  X(kAttentionRagged)        /* keys beyond the last one have weights */                      \
+  X(kAttentionRescale)       /* a new maximum does not rescale the sums */                    \
+  X(kAttentionDelta)         /* the backward pass forgets delta */                            \
+  X(kAttentionBackTile)      /* the backward pass uses a tile before all of it came */        \
+  X(kAttentionBackResult)    /* its results overwrite operands in use */
 
 #define FD_HOPPER_MUTATIONS(X)                                \
   X(kHopperInit)   /* barriers used before they are made */   \

@@ -25,8 +25,9 @@
 // L is never split. A call with few channels (B D N / 128 blocks below the number of SMs) leaves SMs idle; what it
 // would take is a second pass with as many exps.
 //
-// Predicted at B8 D1536 L4096 N16, bf16: 0.31 ms, 70 % of the floor; staging, softplus, gate and stores cost some 60
-// instructions per step and channel beside the 108 of its 16 states. Performance: not measured.
+// Predicted at B8 D1536 L4096 N16, bf16: 0.31 ms if other blocks hide the loads of a tile, which are not asked for
+// ahead; staging, softplus, gate and stores cost some 60 instructions per step and channel beside the 108 of its 16
+// states. Performance: not measured.
 #include "scan.cuh"
 
 namespace fastdiff {

@@ -36,9 +36,12 @@ inline int8_t path_of(const Strided& v, int64_t sl, int64_t sc, bool whole) {
   const int64_t size = dtype_size(v.dtype), bytes = 4 * size;
   if (sc != 1) return sl == 1 ? kAlong : kAcross;
   if (!whole || reinterpret_cast<uintptr_t>(v.data) % bytes != 0) return kAcross;
-  for (const int64_t s : v.s)
+  int ones = 0;  // more than one: another axis moves by single elements too
+  for (const int64_t s : v.s) {
+    ones += s == 1;
     if (s != 1 && s * size % bytes != 0) return kAcross;
-  return kAcross4;
+  }
+  return ones == 1 ? kAcross4 : kAcross;
 }
 
 inline Plan plan_of(const Scan& a) {
@@ -57,7 +60,7 @@ inline Plan plan_of(const Scan& a) {
     if (constant) return static_cast<int8_t>(kAcross);
     const bool pairs = a.complex && m.s[4] == 2 && m.s[5] == 1;
     Strided flat = m;
-    if (pairs) flat.s[4] = 1;
+    if (pairs) flat.s[4] = 1, flat.s[5] = 0;
     return path_of(flat, m.s[3], pairs ? 1 : m.s[4] == 1 && a.complex ? 0 : m.s[4], p.rows % 4 == 0);
   };
   p.b = projection(a.Bm, a.constant_b), p.c = projection(a.C, a.constant_c);

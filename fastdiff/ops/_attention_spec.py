@@ -126,6 +126,38 @@ def _sixteen(dtype: torch.dtype, q: Any, k: Any, v: Any, scale: float, prepared:
     return out / ((p * torch.exp(-e)).sum(-1, keepdim=True) * (1 - u)) + 2 * flushed * (v.shape[-2] + 1)
 
 
+def _sixteen_gradients(
+    dtype: torch.dtype, q: Any, k: Any, v: Any, g: Any, scale: float, prepared: bool
+) -> tuple[Any, Any, Any]:
+    """Likewise for the gradients of q, k (after norm and rotation) and v, g being that of the result; no more than is
+    added to the float32 bounds.
+
+    Kernels may round the weights before dV = P^T g, and dS = P (g v^T - delta) before dQ = scale dS k and dK = scale
+    dS^T q. With e and u as in `_sixteen`, the weight p_j that comes of a rounded sum is off by a factor of at most
+
+        exp(e_j) (1 + u) / (sum_k p_k exp(-e_k) (1 - u)) =: 1 + r_j
+
+    and delta = sum_c g_c out_c by the error of out. One more rounding each takes P and dS to 16 bits (of f16, dS has
+    steps of 2^-25 where it is subnormal; weights are kept scaled), and another k and q where they are prepared.
+    """
+    if dtype not in _WEIGHT_STEP:
+        return 0.0, 0.0, 0.0
+    u, flushed = 0.5 * torch.finfo(dtype).eps, _FLUSHED.get(dtype, 0.0)
+    p = torch.softmax(scale * q @ k.transpose(-1, -2), -1)
+    qa, ka, va, ga = q.abs(), k.abs(), v.abs(), g.abs()
+    e = flushed * (qa.sum(-1, keepdim=True) + ka.sum(-1).unsqueeze(-2) + 2 * q.shape[-1])
+    if prepared:
+        e = e + ((1 + u) ** 2 - 1) * (qa @ ka.transpose(-1, -2))
+    e = abs(scale) * e
+    r = torch.exp(e) * (1 + u) / ((p * torch.exp(-e)).sum(-1, keepdim=True) * (1 - u)) - 1
+    out = _sixteen(dtype, q, k, v, scale, prepared)
+    size = ga @ va.transpose(-1, -2) + (ga * (p @ v).abs()).sum(-1, keepdim=True)  # of dP - delta
+    roundings = (1 + r) * (1 + u) ** (2 if prepared else 1)
+    ds = p * (roundings - 1) * size + p * roundings * (ga * out).sum(-1, keepdim=True) + _WEIGHT_STEP[dtype]
+    dv = p * ((1 + r) * (1 + u) - 1) + flushed
+    return abs(scale) * ds @ ka, abs(scale) * ds.transpose(-1, -2) @ qa, dv.transpose(-1, -2) @ ga
+
+
 def _growth(q: Any, k: Any, v: Any, *, layout: str = "bhnd", **_: Any) -> float:
     return math.sqrt(max(q.shape[-1], page._heads(q, layout).shape[2], page._heads(k, layout).shape[2]))
 
@@ -141,8 +173,10 @@ def _grad_bound(dtype: torch.dtype, grads: Any, q: Any, k: Any, v: Any, *, scale
                 layout: str = "bhnd") -> dict[str, Any]:  # fmt: skip
     growth = _growth(q, k, v, layout=layout)
     q, k, v, g = (page._heads(t, layout) for t in (q, k, v, grads[0]))
-    found = _Bound(q, k, v, q.abs(), k.abs(), scale).gradients(dtype, g, q.abs(), k.abs(), growth)
-    dq, dk, dv = (page._heads(t, layout) for t in found)
+    bound = _Bound(q, k, v, q.abs(), k.abs(), scale)
+    found = bound.gradients(dtype, g, q.abs(), k.abs(), growth)
+    rounded = _sixteen_gradients(dtype, q, k, v, g, bound.scale, False)
+    dq, dk, dv = (page._heads(t + r / ((4 + growth) * U), layout) for t, r in zip(found, rounded, strict=True))
     if k.data_ptr() == v.data_ptr():  # the same tensor in two places has one gradient
         dk = dv = dk + dv
     return {"q": dq, "k": dk, "v": dv}
@@ -208,8 +242,12 @@ def _grad_bound_packed(dtype: torch.dtype, grads: Any, qkv: Any, *, scale: Any =
                        rope_interleaved: bool = False) -> dict[str, Any]:  # fmt: skip
     q, k, v = _prepared(qkv, q_norm, k_norm, eps, rope, rope_interleaved)
     bound, (qm, km) = _packed_bound_of(q, k, v, scale)
-    found = bound.gradients(dtype, grads[0].transpose(1, 2), qm, km, _growth_packed(qkv))
-    dq, dk, dv = (t.transpose(1, 2) for t in found)
+    growth, g = _growth_packed(qkv), grads[0].transpose(1, 2)
+    found = bound.gradients(dtype, g, qm, km, growth)
+    x, y, z = (t.transpose(1, 2) for t in (q.value, k.value, v))
+    prepared = q_norm is not None or k_norm is not None or rope is not None
+    rounded = _sixteen_gradients(dtype, x, y, z, g, bound.scale, prepared)
+    dq, dk, dv = ((t + r / ((4 + growth) * U)).transpose(1, 2) for t, r in zip(found, rounded, strict=True))
     (dq, dq_norm), (dk, dk_norm) = q.back(dq), k.back(dk)
     return {"qkv": torch.stack([dq, dk, dv], 2), "q_norm": dq_norm, "k_norm": dk_norm}
 
@@ -371,7 +409,7 @@ reg.add(
         take=_take,
         large="[8,16,256,72]",
         inplace=None,
-        cuda=False,
+        limits=page.limits,
         empty=[_empty(0, 2, 3, 3), _empty(2, 0, 3, 3), _empty(2, 2, 0, 3), _empty(2, 2, 3, 0), _empty(1, 1, 0, 0)],
     )
 )  # fmt: skip
@@ -427,7 +465,7 @@ reg.add(
         take=_take,
         large="[8,16,256,72] norm, rope",
         inplace=None,
-        cuda=False,
+        limits=page.limits,
         empty=[_empty_packed(0, 3, 2), _empty_packed(2, 0, 2), _empty_packed(2, 3, 0)],
     )
 )  # fmt: skip

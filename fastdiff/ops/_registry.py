@@ -71,6 +71,8 @@ class OpSpec:
             `shapes` with every dimension cut to a few.
         products: it contains matrix products of torch's libraries, whose bits may differ with the batch and the number
             of threads.
+        limits: ``limits(*lowered)``: why the kernels of the operands' device cannot serve a call, besides what holds
+            for every operator; None: there is nothing of the kind.
         scaling: what the time is measured against: ``axis -> (expected exponent, {value: make(dtype, device)})``.
     """
 
@@ -97,6 +99,7 @@ class OpSpec:
     compiled: Callable[..., Any] | None = None
     overhead: Callable[[torch.dtype, torch.device], Call] | None = None
     products: bool = False
+    limits: Callable[..., list[str]] | None = None
     scaling: dict[str, tuple[float, dict[int, Callable[[torch.dtype, torch.device], Call]]]] = field(
         default_factory=dict
     )
@@ -287,6 +290,7 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> list[str]:
     # An update's first argument are its terms; its per-sample coefficients may be of more types.
     operands = tensors_in(lowered[0] if isinstance(lowered[0], list) else lowered)
     found = _native.reasons([t for t in operands if t.is_floating_point()], cuda=SPECS[op_name].cuda)
+    found += (SPECS[op_name].limits or (lambda *_: []))(*lowered)
     if transforms_active():
         found.append("a forward-mode derivative or functorch transform is active: the reference is its derivative")
     if isinstance(lowered[0], list) and learned(tensors_in(lowered[1:])):

@@ -22,6 +22,12 @@ Memory besides the results: ``4 (2 (r + c) d + ...)`` bytes for each thread, whe
 exponentials of every row, [B, H, N, 2], and takes ``4 (N + 4 c) d + ...`` bytes, c <= 256, for each thread that has a
 head to work on (`attention_backward_workspace`).
 
+CUDA: head dims up to 256 (wider ones run on the reference). 16-bit calls multiply on tensor cores and round to the
+type of q, k and v what `_attention_spec._sixteen` and `_sixteen_gradients` bound: the weights, dS, and q and k after
+their norm and rotation; the weights are divided by the sum of the rounded ones. float16 gradients are lost where dS,
+the gradient of a score, is below 2^-25, and not finite where it is above 65504. The forward pass needs no workspace,
+the backward pass 4 B H N bytes, and with norms 8 B H d (ceil(N / 16) + 1) more.
+
 The functions that return or take the N x M map (`attention_probs`, `attention_with_probs`, `attention_inject`) are for
 editing and are made of PyTorch's matmul and softmax, in float32: storing the map is what they cost.
 """
@@ -67,8 +73,9 @@ def attention(
         TypeError: an argument is not a floating-point tensor, or the dtypes differ.
     """
     op = "attention"
-    way = reg.route(op, (q, k, v), cuda=False)
+    way = reg.route(op, (q, k, v))
     scale = _check(op, q, k, v, scale, layout)
+    way = _within_limits(op, way, q)
     if way is reg.REFERENCE:
         return attention_reference(q, k, v, scale=scale, layout=layout)
     if way is reg.GRAD:
@@ -114,9 +121,10 @@ def attention_qkvpacked(
         TypeError: an argument is not a floating-point tensor.
     """
     op = "attention_qkvpacked"
-    way = reg.route(op, (qkv,), (q_norm, k_norm), cuda=False)
+    way = reg.route(op, (qkv,), (q_norm, k_norm))
     scale, eps = _check_packed(op, qkv, scale, q_norm, k_norm, eps, rope)
     interleaved = bool(rope_interleaved)
+    way = _within_limits(op, way, qkv)
     if rope is not None and reg.learned(rope):
         if _native.backend == "native":
             raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: a rope table requires a gradient')
@@ -209,6 +217,26 @@ def attention_inject(probs: torch.Tensor, v: torch.Tensor, *, layout: str = "bhn
         reg.fail(op, "probs", f"shape [B, H, N, M] with B, H, M = {(B, H, M)}", tuple(probs.shape))
     wide = _wide(v)
     return _heads(probs.to(wide) @ _heads(v, layout).to(wide), layout).to(v.dtype).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------- limits
+
+
+def limits(x: torch.Tensor, *_: Any) -> list[str]:
+    """Why the kernels of x's device cannot serve a call on it (q or qkv), besides its type; empty if they can."""
+    ext = _native.extension
+    if ext is None or x.dim() < 4 or (x.device.type != "cuda" and _native.place(x)[0] < 0):
+        return []
+    d, most = x.shape[-1], ext.attention_head_dim
+    return [f"a head dim of {d} is served by the reference only on CUDA (native: up to {most})"] if d > most else []
+
+
+def _within_limits(op: str, way: str, x: torch.Tensor) -> str:
+    if way is reg.REFERENCE or not (why := limits(x)):
+        return way
+    if _native.backend == "native":
+        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: ' + "; ".join(why))
+    return reg.REFERENCE
 
 
 # ------------------------------------------------------------------------------------------------------- references
@@ -406,10 +434,11 @@ def _launch(
         return
     ext = _native.extension
     assert ext is not None
-    slots, floats = torch.get_num_threads(), ext.attention_workspace(N, M, d)
+    device, stream = _native.place(q)
+    slots, floats = (torch.get_num_threads(), ext.attention_workspace(N, M, d)) if device < 0 else (0, 0)
     workspace = torch.empty(slots, floats, dtype=torch.float32, device=q.device)
     ext.attention_forward(
-        -1, 0, (
+        device, stream, (
             B, H, N, M, d, scale, eps, interleaved, *map(reg.operand, (q, k, v, out)), *map(_address, extra),
             _address(stats), workspace.data_ptr(), slots, floats,
         ),
@@ -429,13 +458,17 @@ def _launch_backward(
         return
     ext = _native.extension
     assert ext is not None
-    slots, floats = min(torch.get_num_threads(), B * H), ext.attention_backward_workspace(N, M, d)
+    device, stream = _native.place(q)
+    if device < 0:
+        slots, floats, parts = min(torch.get_num_threads(), B * H), ext.attention_backward_workspace(N, M, d), 1
+    else:
+        slots, floats, parts = 1, B * H * N, ext.attention_parts(N) + 1
     workspace = torch.empty(slots, floats, dtype=torch.float32, device=q.device)
     normed = extra[0] is not None or extra[1] is not None
-    partial = torch.empty(2, B * H, d, dtype=torch.float32, device=q.device) if normed else None
+    partial = torch.empty(2, B * H * parts, d, dtype=torch.float32, device=q.device) if normed else None
     stats = stats.contiguous()
     ext.attention_backward(
-        -1, 0, (
+        device, stream, (
             B, H, N, M, d, scale, eps, interleaved, *map(reg.operand, (q, k, v, out)), *map(_address, extra),
             _address(stats), workspace.data_ptr(), slots, floats, *map(reg.operand, (grad, *results)),
             *map(_address, d_norm), _address(partial),
@@ -603,25 +636,25 @@ def _packed_operands(qkv, *_):  # type: ignore[no-untyped-def]
 
 
 _attention_op = reg.define(
-    "attention", f"{_ARGUMENTS}, float scale, bool bnhd", "Tensor", _attention, lambda q, *_: _new(q), cuda=False
+    "attention", f"{_ARGUMENTS}, float scale, bool bnhd", "Tensor", _attention, lambda q, *_: _new(q)
 )
 _attention_stats_op = reg.define(
     "attention_stats", f"{_ARGUMENTS}, float scale, bool bnhd", "(Tensor, Tensor)", _attention_stats,
-    _attention_stats_fake, cuda=False,
+    _attention_stats_fake,
 )  # fmt: skip
 _attention_backward_op = reg.define(
     "attention_backward", f"Tensor grad, {_ARGUMENTS}, Tensor out, Tensor stats, float scale, bool bnhd",
-    "(Tensor, Tensor, Tensor)", _attention_backward, lambda grad, q, k, v, *_: (_new(q), _new(k), _new(v)), cuda=False,
+    "(Tensor, Tensor, Tensor)", _attention_backward, lambda grad, q, k, v, *_: (_new(q), _new(k), _new(v)),
 )  # fmt: skip
 _packed_op = reg.define(
     "attention_qkvpacked", f"Tensor qkv, {_PACKED}", "Tensor", _packed, lambda qkv, *_: _packed_fake(qkv)[0],
-    _packed_operands, cuda=False,
+    _packed_operands,
 )  # fmt: skip
 _packed_stats_op = reg.define(
     "attention_qkvpacked_stats", f"Tensor qkv, {_PACKED}", "(Tensor, Tensor)", _packed_stats, _packed_fake,
-    _packed_operands, cuda=False,
+    _packed_operands,
 )  # fmt: skip
 _packed_backward_op = reg.define(
     "attention_qkvpacked_backward", f"Tensor grad, Tensor qkv, Tensor out, Tensor stats, {_PACKED}", "Tensor[]",
-    _packed_backward, _packed_backward_fake, lambda grad, qkv, out, stats, *_: (grad, qkv, out), cuda=False,
+    _packed_backward, _packed_backward_fake, lambda grad, qkv, out, stats, *_: (grad, qkv, out),
 )  # fmt: skip

@@ -43,7 +43,38 @@ GELU = {
     "kGeluTail": Case("gelu", _normal(1027), backward=True),
 }
 
-ATTENTION: dict[str, Case] = {}
+
+def _attention(N: int, M: int, d: int, dtype: torch.dtype = torch.float16, scale: float = 1.0) -> Callable[[], Any]:
+    def make() -> Any:
+        g = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, 1, n, d, generator=g).to(dtype) for n in (N, M, M))
+        return (q, k, v), {"scale": scale}
+
+    return make
+
+
+def _attention_normed(N: int, d: int, dtype: torch.dtype = torch.float16) -> Callable[[], Any]:
+    def make() -> Any:
+        g = torch.Generator().manual_seed(0)
+        qkv, w = torch.randn(1, N, 3, 1, d, generator=g), torch.randn(2, d, generator=g)
+        return (qkv.to(dtype) * 3,), {"q_norm": w[0], "k_norm": w[1]}
+
+    return make
+
+
+ATTENTION = {
+    "kAttentionTileBarrier": Case("attention", _attention(70, 150, 72)),
+    "kAttentionQueryBarrier": Case("attention", _attention(70, 20, 72)),
+    "kAttentionPrepared": Case("attention_qkvpacked", _attention_normed(128, 72)),
+    "kAttentionStage": Case("attention", _attention(20, 150, 32)),
+    "kAttentionSingleStage": Case("attention", _attention(40, 70, 128, torch.float32)),
+    "kAttentionResultBarrier": Case("attention", _attention(70, 60, 72)),
+    "kAttentionRagged": Case("attention", _attention(5, 70, 32, scale=0.1)),
+    "kAttentionRescale": Case("attention", _attention(20, 150, 32)),
+    "kAttentionDelta": Case("attention", _attention(10, 20, 32), True),
+    "kAttentionBackTile": Case("attention", _attention(70, 150, 32), True),
+    "kAttentionBackResult": Case("attention", _attention(20, 40, 256, scale=0.01), True),
+}
 
 
 def hopper(tokens: int, keys: int, scale: float = 1.0) -> Callable[[], Any]:
@@ -58,10 +89,10 @@ def hopper(tokens: int, keys: int, scale: float = 1.0) -> Callable[[], Any]:
 
 HOPPER: dict[str, Case] = {
     "kHopperInit": Case("attention", hopper(130, 130), hopper=True),
-    "kHopperEmpty": Case("attention", hopper(130, 500), hopper=True, grid=1),
-    "kHopperFull": Case("attention", hopper(130, 300), hopper=True),
-    "kHopperWait": Case("attention", hopper(130, 300), hopper=True),
-    "kHopperShrink": Case("attention", hopper(130, 300, scale=3.0), hopper=True),
+    "kHopperEmpty": Case("attention", hopper(8, 900), hopper=True, grid=1),
+    "kHopperFull": Case("attention", hopper(8, 900), hopper=True),
+    "kHopperWait": Case("attention", hopper(8, 300), hopper=True),
+    "kHopperShrink": Case("attention", hopper(8, 300, scale=3.0), hopper=True),
 }
 
 
