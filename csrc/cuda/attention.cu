@@ -14,11 +14,12 @@
 // an eighth of the arithmetic of the softmax: not done. No split over keys: a query's bits depend on M and d.
 //
 // At d = 72 a warp's tile takes the time of 144 products m16n8k16, 1152 cycles of a quadrant's tensor core (sm_90), and
-// 144 cycles of shared memory, 576 for the four warps: half busy. About 250 registers, with two blocks of 128 threads
-// per SM (256 are there), and 55 KB a block. The softmax takes some 7 instructions per score, 450 of the 1152 cycles,
-// beside the products of the other block. Predicted from mma.sync at about 62 % of 790 TFLOP/s and two blocks that
-// overlap imperfectly: 300 TFLOP/s at N = 1024 (1.0 ms, 38 % of the floor), 230 at N = 256 (84 us, 42 %). wgmma would
-// be needed for more. float32: 60 TFLOP/s of multiplications, shared memory 90 % busy; predicted half of that.
+// 180 cycles of shared memory (queries are read again for every tile: no register is left to hold them), 720 for the
+// four warps. Up to 255 registers, of the 256 that two blocks of 128 threads per SM have, and 55 KB a block. The
+// softmax takes some 7 instructions per score, 450 of the 1152 cycles, beside the products of the other block.
+// Predicted from mma.sync at about 62 % of 790 TFLOP/s and two blocks that overlap imperfectly: 300 TFLOP/s at N = 1024
+// (1.0 ms, 38 % of the floor), 230 at N = 256 (84 us, 42 %). wgmma would be needed for more. float32: 60 TFLOP/s of
+// multiplications, shared memory 90 % busy; predicted half of that.
 //
 // Performance: not measured.
 #include "attention.cuh"
@@ -37,7 +38,7 @@ struct ForwardShape {
   static constexpr int kColumns = (kTensor ? 8 : 4) / (kD <= 128 ? 1 : 2);  // times 8 keys
   static constexpr int kKeys = 8 * kColumns;
   static constexpr int kStages = kTensor || kD <= 80 ? 2 : 1;
-  static constexpr bool kHold = kTensor && kTiles == 1 && kD <= 128;  // queries in registers; of two tiles they spill
+  static constexpr bool kHold = kTensor && kTiles == 1 && kD <= 128;  // registers for the queries
   static constexpr int kScratch = kTensor ? 0 : 16 * (kKeys + 4);     // floats of a warp
   static constexpr int kTile = kKeys * kStride<kD>;                   // elements
   static constexpr size_t kBytes =

@@ -11,7 +11,7 @@
 // transposed, so that P^T and dS^T are left operands as they are in registers. A score is the same sum in the same
 // order in all launches and in the forward pass (on tensor cores as far as a product does not depend on which operand
 // is left), rounded before the maximum is subtracted: P is the forward's weight however large the scores are. Above d =
-// 80 (float32: 128) dK and dV take a launch each, for their registers. -delta is where the sums of dP start. Norm and
+// 80 dK and dV take a launch each, for their registers. -delta is where the sums of dP start. Norm and
 // rotation are undone in float32 on the way out; what 16 rows add to the weights' gradients is stored and added in
 // order by two more launches.
 //
@@ -37,7 +37,7 @@ struct BackwardShape {
   static constexpr int kOthers = 8 * kColumns;  // rows of a tile that passes by
   static constexpr int kStages = kTensor && kD <= 128 ? 2 : 1;
   static constexpr bool kHold = kTensor && kD <= 128;
-  static constexpr bool kTogether = kD <= (kTensor ? 80 : 128);      // dk and dv at once, else one after the other
+  static constexpr bool kTogether = kD <= 80;                        // dk and dv at once, else one after the other
   static constexpr int kScratch = kTensor ? 0 : 16 * (kOthers + 4);  // floats of a warp
   static constexpr int kTile = kOthers * kStride<kD>;                // elements
   static constexpr size_t kBytes = sizeof(Element<kType>) * (2 * kRows * kStride<kD> + 2 * kStages * kTile) +
@@ -100,7 +100,7 @@ FD_D void prepare_backward(float* rows, const Strided& from, int64_t b, int64_t 
   float dw[kPairs][2] = {};
   for (int row = threadIdx.x % 32 / 8; row < 16; row += 4) {
     const int64_t n = first + row;
-    const bool real = n < N;
+    const bool real = n < N || FD_MUTATED(kAttentionPartTail);
     float* const g = rows + row * kStride<kD>;
     const E* const x = static_cast<const E*>(from.data) + offset(from, b, h, n < N ? n : N - 1);
     const auto raw = [&](int c) { return c < d ? widened<kType>(x[c * from.s[3]]) : 0.0f; };

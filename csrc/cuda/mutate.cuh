@@ -38,7 +38,8 @@
   X(kAttentionRescale)       /* a new maximum does not rescale the sums */                    \
   X(kAttentionDelta)         /* the backward pass forgets delta */                            \
   X(kAttentionBackTile)      /* the backward pass uses a tile before all of it came */        \
-  X(kAttentionBackResult)    /* its results overwrite operands in use */
+  X(kAttentionBackResult)    /* its results overwrite operands in use */                      \
+  X(kAttentionPartTail)      /* rows beyond the last count in the weights' gradients */
 
 #define FD_HOPPER_MUTATIONS(X)                                \
   X(kHopperInit)   /* barriers used before they are made */   \

@@ -53,19 +53,19 @@ def _attention(N: int, M: int, d: int, dtype: torch.dtype = torch.float16, scale
     return make
 
 
-def _attention_normed(N: int, d: int, dtype: torch.dtype = torch.float16) -> Callable[[], Any]:
+def _attention_normed(N: int, d: int, dtype: torch.dtype = torch.float16, size: float = 1.0) -> Callable[[], Any]:
     def make() -> Any:
         g = torch.Generator().manual_seed(0)
         qkv, w = torch.randn(1, N, 3, 1, d, generator=g), torch.randn(2, d, generator=g)
-        return (qkv.to(dtype) * 3,), {"q_norm": w[0], "k_norm": w[1]}
+        return (qkv.to(dtype) * 3,), {"q_norm": w[0] * size, "k_norm": w[1] * size}
 
     return make
 
 
 ATTENTION = {
     "kAttentionTileBarrier": Case("attention", _attention(70, 150, 72)),
-    "kAttentionQueryBarrier": Case("attention", _attention(70, 20, 72)),
-    "kAttentionPrepared": Case("attention_qkvpacked", _attention_normed(128, 72)),
+    "kAttentionQueryBarrier": Case("attention", _attention(60, 20, 128)),
+    "kAttentionPrepared": Case("attention_qkvpacked", _attention_normed(64, 128)),
     "kAttentionStage": Case("attention", _attention(20, 150, 32)),
     "kAttentionSingleStage": Case("attention", _attention(40, 70, 128, torch.float32)),
     "kAttentionResultBarrier": Case("attention", _attention(70, 60, 72)),
@@ -74,6 +74,7 @@ ATTENTION = {
     "kAttentionDelta": Case("attention", _attention(10, 20, 32), True),
     "kAttentionBackTile": Case("attention", _attention(70, 150, 32), True),
     "kAttentionBackResult": Case("attention", _attention(20, 40, 256, scale=0.01), True),
+    "kAttentionPartTail": Case("attention_qkvpacked", _attention_normed(20, 32, torch.float32, 0.1), True),
 }
 
 
