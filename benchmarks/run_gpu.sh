@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that a GPU can tell about fastdiff, in one command and under nine minutes: build, info, verify, tests,
-# compute-sanitizer, benchmarks. A step that fails or runs out of time is reported, and the others still run; the exit
+# compute-sanitizer, benchmarks, images per second of DiT-XL/2. A step that fails or runs out of time is reported, and the others still run; the exit
 # code is 1 if any step failed.
 #
-#   benchmarks/run_gpu.sh                         writes benchmarks/results/DATE-gpu.{md,json,log}, DATE-gpu-backward.json
+#   benchmarks/run_gpu.sh                         writes benchmarks/results/DATE-gpu.{md,json,log}, DATE-gpu-*.json
 #   OUT=/tmp/results benchmarks/run_gpu.sh        writes there
 #   FASTDIFF_GPU_DRYRUN=1 benchmarks/run_gpu.sh   every step on the CPU and without the sanitizer, to test this script
 #
@@ -83,14 +83,22 @@ else
   skip nvidia-smi "not found"
 fi
 step info 40 "$python" -m benchmarks info
-step verify 90 "$python" -m benchmarks verify --device $device
+step verify 70 "$python" -m benchmarks verify --device $device --draws 24
+attention=(--op attention --op attention_qkvpacked)
+if [ -n "$dry" ]; then
+  skip verify-sm90 "dry run"
+else # attention on wgmma is used only where asked for; on another GPU this verifies the usual kernels once more
+  step verify-sm90 30 env FASTDIFF_SM90=1 "$python" -m benchmarks verify --device $device "${attention[@]}" \
+    --dtype float16 --dtype bfloat16
+fi
 
 if [ ! -f tests/test_ops.py ]; then
   skip tests "tests/test_ops.py is not here"
 elif ! has pytest hypothesis expecttest; then
   skip tests "pytest, hypothesis or expecttest is not installed"
 else
-  step tests 100 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -x -p no:cacheprovider tests/test_ops.py
+  step tests 90 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -p no:cacheprovider --maxfail 10 \
+    tests/test_cuda_graph.py tests/test_ops.py
 fi
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
@@ -105,8 +113,8 @@ else
     # Only our kernels are watched; initcheck must see everybody's writes.
     ours=(--kernel-name kernel_substring=fastdiff)
     [ $tool = initcheck ] && ours=()
-    step "compute-sanitizer $tool" 45 "$sanitizer" --tool $tool "${ours[@]}" --error-exitcode 9 \
-      "$python" -m benchmarks verify --device cuda --dtype bfloat16 --draws 6
+    step "compute-sanitizer $tool" 30 "$sanitizer" --tool $tool "${ours[@]}" --error-exitcode 9 \
+      "$python" -m benchmarks verify --device cuda --dtype bfloat16 --draws 3
   done
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
@@ -120,14 +128,23 @@ speed() { # NAME SECONDS FILE OPTIONS...
     --budget $((seconds > 60 ? seconds - 40 : seconds / 3)) --json "$file.json" --markdown "$work/$name.md" "$@"
 }
 if [ -n "$dry" ]; then quick=(--shape overhead --shape 16,1152 --shape 1,4,64); else quick=(); fi
-speed bench 200 "$base" "${quick[@]}"
-speed bench-backward 90 "$base-backward" --backward --no-compile "${quick[@]}"
+speed bench 150 "$base" "${quick[@]}"
+if [ -n "$dry" ]; then
+  skip bench-sm90 "dry run"
+  tiny=(--width 32 --depth 2 --heads 2 --input-size 8 --steps 2 --batch 1)
+else
+  FASTDIFF_SM90=1 speed bench-sm90 30 "$base-sm90" "${attention[@]}" --no-compile
+  tiny=()
+fi
+step dit 70 "$python" -m benchmarks.dit_throughput --device $device --budget 55 --json "$base-dit.json" \
+  --markdown "$work/dit.md" "${tiny[@]}"
+speed bench-backward 60 "$base-backward" --backward --no-compile "${quick[@]}"
 
 {
   echo "# fastdiff on $device, $(date -u +%Y-%m-%d)"
   echo
   printf '%s\n' "${steps[@]}"
-  for page in bench bench-backward; do
+  for page in bench bench-sm90 bench-backward dit; do
     [ -f "$work/$page.md" ] && echo && sed 's/^# /## /' "$work/$page.md"
   done
 } >"$base.md"

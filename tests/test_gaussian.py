@@ -532,3 +532,9 @@ def test_a_cache_forgets_the_least_recently_used() -> None:
     make(90), make(90)  # more than a quarter of the budget
     assert made[-2:] == [90, 90]
     assert make.held() <= 100 * 1024  # type: ignore[attr-defined]
+
+
+def test_boxes_on_another_device_are_refused() -> None:
+    background, objects = torch.randn(1, 3, 8, 9), torch.randn(2, 1, 3, 8, 9)
+    with pytest.raises(ValueError, match="gaussian_blend: regions: expected boxes on cpu"):
+        gaussian_blend(background, objects, torch.rand(2, 4, device="meta"))

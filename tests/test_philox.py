@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,3 +191,27 @@ def test_a_counter_beyond_the_table_reads_its_first_or_last_row(row: int) -> Non
         got = linear_update([around[5:10], 2.0], [x, x], step=torch.tensor([row]))
         want = linear_update([around[5 + min(max(row, 0), 4)], 2.0], [x, x])
     assert torch.equal(got, want)
+
+
+def test_a_seed_may_have_any_strides() -> None:
+    x = torch.zeros(4, 3)
+    wide = torch.tensor([[1, 0, 9], [2, 0, 9], [3, 0, 9], [4, 5, 9]])
+    seeds = [wide[:, :2], wide[:, :2].t().contiguous().t(), torch.tensor([[7, 0]]).expand(4, 2),
+             torch.tensor([7, 99, 3, 99])[::2], wide[:1, 0]]  # fmt: skip
+    for seed in seeds:
+        got = ddim_step(x, x, 0.5, 0.7, eta=1.0, seed=seed)
+        assert torch.equal(
+            got, ddim_step(x, x, 0.5, 0.7, eta=1.0, seed=seed.clone(memory_format=torch.contiguous_format))
+        )
+        with fastdiff.use_backend("reference"):
+            torch.testing.assert_close(got, ddim_step(x, x, 0.5, 0.7, eta=1.0, seed=seed), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, -1), (2, 1.5), 3, "ab"])
+def test_a_bad_shape_is_named(shape: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="philox_normal: shape: expected"):
+        philox_normal(shape, 1)  # type: ignore[arg-type]
+
+
+def test_a_seed_of_numpy() -> None:
+    assert torch.equal(philox_normal((2, 5), np.int64(-3)), philox_normal((2, 5), -3))

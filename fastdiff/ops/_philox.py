@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastdiff.ops import _cache
@@ -33,7 +34,8 @@ def philox_normal(
         shape: [B, ...], the first dimension being the samples, at most 2^34 elements each.
         seed: an integer in [-2^63, 2^63); or int64 on the device of the result: [1] (seed), [2] (seed, offset), or
             [B, 2], one pair per sample, each of which then draws what sample 0 would. A tensor's values are not read
-            by the host: advance the offset on the device and replay a CUDA graph.
+            by the host: advance the offset on the device and replay a CUDA graph. The first call on a device copies a
+            table there and must come before the capture.
         dtype: of the result: float32 values, rounded to it.
         device: where; None: that of `seed`, or the CPU.
 
@@ -41,11 +43,14 @@ def philox_normal(
         [B, ...].
 
     Raises:
-        ValueError: the seed is out of range, of another shape or on another device; a sample is too large.
-        TypeError: the seed is neither an integer nor int64.
+        ValueError: the seed is out of range, of another shape or on another device; a size is negative or too large.
+        TypeError: the seed is neither an integer nor int64, or the shape no sequence of integers.
     """
     if device is None:
         device = seed.device if isinstance(seed, torch.Tensor) else torch.device("cpu")
+    sizes = isinstance(shape, (tuple, list)) and all(isinstance(n, (int, torch.SymInt)) for n in shape)
+    if not sizes or (not torch.compiler.is_compiling() and any(n < 0 for n in shape)):
+        reg.fail("philox_normal", "shape", "a sequence of integers >= 0", shape, ValueError if sizes else TypeError)
     shape, device = tuple(shape), torch.device(device)
     batch = shape[0] if shape else 1
     elements = 1
@@ -64,9 +69,12 @@ def check_seed(op: str, seed: object, batch: int, elements: int, device: torch.d
             reg.fail(op, "seed", "an int64 tensor or an integer", seed.dtype, TypeError)
         if tuple(seed.shape) not in ((1,), (2,), (batch, 2)):
             reg.fail(op, "seed", f"shape (1,), (2,) or ({batch}, 2)", tuple(seed.shape))
-        if device is not None and seed.device.type != device.type:
+        whole = device is not None and device.index is not None
+        if device is not None and (seed.device != device if whole else seed.device.type != device.type):
             reg.fail(op, "seed", f"a tensor on {device}", seed.device)
         return seed.contiguous()
+    if isinstance(seed, np.integer):
+        seed = int(seed)
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
         reg.fail(op, "seed", "an integer or an int64 tensor", type(seed).__name__, TypeError)
     if not -(1 << 63) <= seed < 1 << 63:

@@ -138,6 +138,8 @@ def _regions(background: Any, objects: Any, regions: Any) -> tuple[torch.Tensor 
             reg.fail(_OP, "regions", f"boxes [{K}, 4] or masks [{K}, {H}, {W}]", tuple(regions.shape))
         return regions, None
     boxes, _ = check_boxes(_OP, "regions", regions)
+    if boxes.device != background.device and not boxes.is_cpu:
+        reg.fail(_OP, "regions", f"boxes on {background.device} or the CPU", boxes.device)
     if boxes.shape[0] != K:
         reg.fail(_OP, "regions", f"boxes [{K}, 4] or masks [{K}, {H}, {W}]", tuple(boxes.shape))
     return None, boxes

@@ -517,7 +517,9 @@ def _update_out(  # type: ignore[no-untyped-def]
 
 
 def _launch(terms: Any, values: Any, tables: Any, rule: Any, source: Any, out: torch.Tensor) -> None:
-    B, M, operands, arguments, native_source = _operands(terms, values, tables, rule, source, out)
+    step, seed, seed_value = source
+    seed = None if seed is None else seed.contiguous()  # the kernel reads pairs that lie side by side
+    B, M, operands, arguments, native_source = _operands(terms, values, tables, rule, (step, seed, seed_value), out)
     device, stream = _native.place(out)
     if M:
         ext = _native.extension
