@@ -97,7 +97,7 @@ if [ ! -f tests/test_ops.py ]; then
 elif ! has pytest hypothesis expecttest; then
   skip tests "pytest, hypothesis or expecttest is not installed"
 else
-  step tests 90 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -p no:cacheprovider --maxfail 10 \
+  step tests 120 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -p no:cacheprovider --maxfail 10 \
     tests/test_cuda_graph.py tests/test_ops.py
 fi
 

@@ -713,6 +713,7 @@ reg.add(
         shapes=_SHAPES_MULTI,
         take=_take_multi,
         large="[2,32x32,192,16]",
+        overhead=_empty_multi(),
         empty=[_empty_multi(B=0), _empty_multi(D=0), _empty_multi(L=0), _empty_multi(N=0)],
         exact_infinity=False,
         compiled=_chunked_multi,
