@@ -104,7 +104,11 @@ reg.add(
         ),
         inplace=None,
         large="K=8 512x512",
-        empty=[lambda dtype, device: ((torch.empty(0, 4, dtype=dtype), (5, 7)), {"sigma": torch.rand(0)})],
+        empty=[
+            lambda dtype, device: (
+                (torch.empty(0, 4, dtype=dtype, device=device), (5, 7)), {"sigma": torch.rand(0, device=device)},
+            )
+        ],
     )
 )  # fmt: skip
 

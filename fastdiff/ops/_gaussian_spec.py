@@ -298,10 +298,13 @@ reg.add(
         peers={"OpenCV": _opencv, "SciPy": _scipy, "kornia": _kornia},
         large="[4,3,300,300] sigma 8",
         empty=[
-            lambda dtype, device: ((torch.empty(0, 3, 5, 5, dtype=dtype), 1.0), {}),
-            lambda dtype, device: ((torch.empty(2, 0, 5, 5, dtype=dtype), torch.rand(2)), {}),
-            lambda dtype, device: ((torch.empty(2, 1, 0, 5, dtype=dtype), 2.0), {"border": "circular"}),
-            lambda dtype, device: ((torch.empty(2, 1, 5, 0, dtype=dtype), 2.0), {"border": "constant"}),
+            lambda dtype, device: ((torch.empty(0, 3, 5, 5, dtype=dtype, device=device), 1.0), {}),
+            lambda dtype, device: (
+                (torch.empty(2, 0, 5, 5, dtype=dtype, device=device), torch.rand(2, device=device)),
+                {},
+            ),
+            lambda dtype, device: ((torch.empty(2, 1, 0, 5, dtype=dtype, device=device), 2.0), {"border": "circular"}),
+            lambda dtype, device: ((torch.empty(2, 1, 5, 0, dtype=dtype, device=device), 2.0), {"border": "constant"}),
         ],
         compiled=conv_blur,
     )
