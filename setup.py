@@ -42,6 +42,8 @@ class CMakeBuild(build_ext):
                    if os.environ.get(k)]  # fmt: skip
         environment = {**os.environ, "CMAKE_GENERATOR": os.environ.get("CMAKE_GENERATOR", "Ninja")}
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *options]
+        # An earlier install from this checkout left paths of pip's build environment behind, which is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True, env=environment)
         target.parent.mkdir(parents=True, exist_ok=True)
