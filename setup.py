@@ -1,7 +1,7 @@
 """Builds the native extension with CMake and ninja; all else is in pyproject.toml.
 
-Environment: FASTDIFF_CUDA=AUTO|ON|OFF, FASTDIFF_CUDA_ARCHS="80;90a", FASTDIFF_SANITIZE="address,undefined",
-FASTDIFF_NATIVE=OFF (pure Python on purpose). Without a C++ compiler the package installs as pure Python: it works, on
+Environment: FASTDIFF_CUDA=AUTO|ON|OFF, FASTDIFF_CUDA_ARCHS="80;90a", FASTDIFF_HEAD_DIMS=few|default|all,
+FASTDIFF_SANITIZE="address,undefined", FASTDIFF_NATIVE=OFF (pure Python on purpose). Without a C++ compiler the package installs as pure Python: it works, on
 the PyTorch reference.
 """
 
@@ -38,8 +38,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
-        options = [f"-D{k}={os.environ[k]}" for k in ("FASTDIFF_CUDA", "FASTDIFF_CUDA_ARCHS", "FASTDIFF_SANITIZE")
-                   if os.environ.get(k)]  # fmt: skip
+        names = ("FASTDIFF_CUDA", "FASTDIFF_CUDA_ARCHS", "FASTDIFF_HEAD_DIMS", "FASTDIFF_SANITIZE")
+        options = [f"-D{k}={os.environ[k]}" for k in names if os.environ.get(k)]
         environment = {**os.environ, "CMAKE_GENERATOR": os.environ.get("CMAKE_GENERATOR", "Ninja")}
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *options]
         # An earlier install from this checkout left paths of pip's build environment behind, which is gone.

@@ -14,6 +14,13 @@ set(cuda_kernels
     csrc/cuda/spectrum.cu
     csrc/cuda/spectrum_backward.cu
     csrc/cuda/update.cu)
+# Which head dims attention multiplies exactly (csrc/cuda/attention.cuh); others are padded to the next of them.
+string(TOUPPER "${FASTDIFF_HEAD_DIMS}" head_dims)
+if(NOT head_dims MATCHES "^(|FEW|DEFAULT|ALL)$")
+  message(FATAL_ERROR "FASTDIFF_HEAD_DIMS: expected few, default or all, got '${FASTDIFF_HEAD_DIMS}'")
+elseif(head_dims)
+  set(head_dims FASTDIFF_${head_dims}_HEAD_DIMS)
+endif()
 set(FASTDIFF_CUDA_ENABLED OFF)
 set(FASTDIFF_CUDA_ARCHS_USED "")
 set(cuda_objects)
@@ -76,7 +83,7 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 add_library(fastdiff_cuda OBJECT ${cuda_kernels})
-target_compile_definitions(fastdiff_cuda PRIVATE FASTDIFF_CUDA)
+target_compile_definitions(fastdiff_cuda PRIVATE FASTDIFF_CUDA ${head_dims})
 target_include_directories(fastdiff_cuda PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 # The register and spill report stays in the build's log; a warning is an error.
 target_compile_options(fastdiff_cuda PRIVATE

@@ -25,7 +25,8 @@
 #else
 #if defined(FASTDIFF_FEW_HEAD_DIMS)  // a quick look (continuous integration)
 #define FD_ATTENTION_DIMS(X) X(72) X(128)
-#elif defined(FASTDIFF_EMU)  // every kind of kernel once: narrow, with half a step at the end, wide, widest
+#elif defined(FASTDIFF_EMU) && !defined(FASTDIFF_DEFAULT_HEAD_DIMS)
+// Every kind of kernel once: narrow, with half a step at the end, wide, widest.
 #define FD_ATTENTION_DIMS(X) X(32) X(72) X(128) X(256)
 #else
 #define FD_ATTENTION_DIMS(X) X(64) X(72) X(128) X(256)
@@ -253,7 +254,7 @@ FD_D void multiply(float (&c)[kTiles][kColumns][4], const Left<kType, kD, kTiles
   if constexpr (kType != kF32) {
     (void)d;
     constexpr bool kBf16 = kType == kBF16;
-#pragma unroll(kHold ? kD / 16 : 4)
+#pragma unroll(kHold && kD >= 16 ? kD / 16 : 4)
     for (int s = 0; s < kD / 16; ++s) {
       uint32_t a[kTiles][4];
 #pragma unroll

@@ -106,9 +106,21 @@ inline void launch_cluster(const char* name, void (*kernel)(Params...), int clus
 }
 
 // FD_LAUNCH((kernel<8, 1>), grid, block, dynamic shared memory bytes, stream, arguments...)
-#define FD_LAUNCH(kernel, ...) ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__)
 // FD_LAUNCH_CLUSTER((kernel<8, 1>), blocks of a cluster, grid, ...)
+#ifdef __CUDACC__
+#define FD_LAUNCH(kernel, ...) ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__)
 #define FD_LAUNCH_CLUSTER(kernel, ...) ::fastdiff::cuda::launch_cluster(#kernel, &kernel, __VA_ARGS__)
+#else
+// Tells the emulator the instantiation, which the compiler spells out in the name of this function, and the file.
+template <auto kKernel>
+inline void announce(const char* file) {
+  emu::name_launch(__PRETTY_FUNCTION__, file);
+}
+#define FD_LAUNCH(kernel, ...) \
+  (::fastdiff::cuda::announce<&kernel>(__FILE__), ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__))
+#define FD_LAUNCH_CLUSTER(kernel, ...) \
+  (::fastdiff::cuda::announce<&kernel>(__FILE__), ::fastdiff::cuda::launch_cluster(#kernel, &kernel, __VA_ARGS__))
+#endif
 
 // row = b * N + n. The 64-bit division (some hundred instructions) only where it is needed.
 FD_D void split(int64_t row, int64_t N, int64_t* b, int64_t* n) {

@@ -10,7 +10,7 @@ endforeach()
 
 # -O1: the build is what takes time. Kernels read one buffer as words and as floats, which nvcc allows.
 add_library(fastdiff_emu OBJECT ${emu_sources})
-target_compile_definitions(fastdiff_emu PRIVATE FASTDIFF_CUDA FASTDIFF_EMU)
+target_compile_definitions(fastdiff_emu PRIVATE FASTDIFF_CUDA FASTDIFF_EMU ${head_dims})
 target_compile_options(fastdiff_emu PRIVATE -O1 -fno-strict-aliasing ${warnings} -Wno-unused-function ${sanitize})
 
 # What the bindings need besides, in its cheapest form: it is not under test here.

@@ -102,6 +102,9 @@ struct Scheduler {
   size_t host_stack_size = 0;
   const std::function<void()>* body = nullptr;
   std::string kernel;  // launched last
+  std::string instantiation;
+  bool recording = false;
+  std::string records;
   std::string error;
   std::vector<std::function<void()>> boxes;  // copies of the copy engine in flight
   int at_condition = 0;                      // fibers
@@ -390,6 +393,15 @@ void seed(uint64_t value) { scheduler().random = value; }
 void set_lockstep(bool on) { scheduler().lockstep = on; }
 int64_t switches() { return scheduler().switches; }
 const char* last_kernel() { return scheduler().kernel.c_str(); }
+const char* recorded() { return scheduler().records.c_str(); }
+void name_launch(const char* instantiation, const char* file) {
+  scheduler().instantiation = std::string(file) + "\t" + instantiation;
+}
+void record(bool on) {
+  Scheduler& s = scheduler();
+  if (on) s.records.clear();
+  s.recording = on;
+}
 
 void* shared(const void* tag, size_t bytes) {
   Scheduler& s = scheduler();
@@ -617,6 +629,13 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::f
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535 || smem > kSharedLimit || cluster < 1 || cluster > 8 || grid.x % cluster != 0)
     throw std::runtime_error(std::string(kernel) + ": invalid configuration argument");
+  if (s.recording) {
+    for (const dim3& d : {grid, block})
+      s.instantiation += "\t" + std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z);
+    s.records += s.instantiation + "\t" + std::to_string(smem) + "\t" + std::to_string(cluster) + "\n";
+    s.kernel = kernel;
+    return;
+  }
   s.threads = static_cast<int>(threads), s.blocks = cluster;
   if (static_cast<int>(s.fibers.size()) < s.first(cluster)) s.fibers.resize(s.first(cluster));
   s.body = &body;
@@ -656,6 +675,8 @@ FD_EXPORT void emu_lockstep(int on) { fastdiff::emu::set_lockstep(on != 0); }
 FD_EXPORT void emu_grid_limit(int64_t blocks) { fastdiff::emu::grid_limit = blocks; }
 FD_EXPORT void emu_multiprocessors(int count) { fastdiff::emu::multiprocessors = count; }
 FD_EXPORT void emu_hopper(int on) { fastdiff::emu::hopper = on != 0; }
+FD_EXPORT void emu_record(int on) { fastdiff::emu::record(on != 0); }
+FD_EXPORT const char* emu_recorded() { return fastdiff::emu::recorded(); }
 FD_EXPORT const char* emu_last_kernel() { return fastdiff::emu::last_kernel(); }
 FD_EXPORT int64_t emu_switches() { return fastdiff::emu::switches(); }
 FD_EXPORT void emu_mutate(int mutation) { fastdiff::emu::mutation = mutation; }

@@ -84,7 +84,10 @@ extern bool hopper;          // kernels of sm_90a are to be used where they can
 void seed(uint64_t value);   // of the schedule; FASTDIFF_EMU_SEED sets the first
 void set_lockstep(bool on);  // threads in index order instead of random order: what a naive emulator would do
 const char* last_kernel();   // launched
-int64_t switches();          // how often a thread was resumed, since the library was loaded
+void record(bool on);        // launches are written down instead of run; `on` begins a new list
+const char* recorded();      // a line per launch: file, instantiation, grid, block, dynamic shared memory, cluster
+void name_launch(const char* instantiation, const char* file);  // of the launch that follows
+int64_t switches();  // how often a thread was resumed, since the library was loaded
 
 // Runs `body` for every thread of every block. Throws std::runtime_error naming the kernel when the configuration is
 // impossible or when threads wait for each other for ever.

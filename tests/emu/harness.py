@@ -12,14 +12,16 @@ import hashlib
 import importlib.util
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -46,6 +48,28 @@ def why_not() -> str | None:
         if not shutil.which(tool):
             return f"no {tool}"
     return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's launch: its instantiation, such as ``forward<2, 72>``, and the configuration."""
+
+    file: str
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared: int  # dynamic, bytes
+    cluster: int
+
+    @classmethod
+    def parse(cls, line: str) -> Launch:
+        file, name, grid, block, shared, cluster = line.split("\t")
+        found = re.search(r"(?:kKernel|auto) = &?(.*)\]$", name)  # as g++ and clang++ spell it
+        assert found, name
+        kernel = re.sub(r"\{anonymous\}|\(anonymous namespace\)", "", found[1])
+        kernel = re.sub(r"(?:\w*::)+", "", kernel)
+        triple = [tuple(map(int, text.split())) for text in (grid, block)]
+        return cls(Path(file).name, kernel, triple[0], triple[1], int(shared), int(cluster))
 
 
 @dataclass
@@ -95,6 +119,16 @@ class Emulator:
         self.library.emu_last_kernel.restype = ctypes.c_char_p
         return self.library.emu_last_kernel().decode()
 
+    def record(self, call: Callable[[], Any]) -> tuple[Any, list[Launch]]:
+        """`call()` and what it would have launched; nothing runs, so that what it returns is garbage."""
+        self.library.emu_recorded.restype = ctypes.c_char_p
+        self.library.emu_record(1)
+        try:
+            result = call()
+            return result, [Launch.parse(line) for line in self.library.emu_recorded().decode().splitlines()]
+        finally:
+            self.library.emu_record(0)
+
     def multiprocessors(self, count: int) -> None:
         """That the device is said to have."""
         self.library.emu_multiprocessors(count)
@@ -121,9 +155,12 @@ class Emulator:
         return data
 
 
-def build() -> Emulator:
-    """Configures and builds `_C_emu` in a directory that later runs find again, and loads it."""
-    key = hashlib.sha256(f"{ROOT}|{SANITIZE}|{sys.version}|{sys.executable}".encode()).hexdigest()[:12]
+def build(head_dims: str = "") -> Emulator:
+    """Configures and builds `_C_emu` in a directory that later runs find again, and loads it.
+
+    `head_dims`: those of attention, as FASTDIFF_HEAD_DIMS; "": the emulator's own few.
+    """
+    key = hashlib.sha256(f"{ROOT}|{SANITIZE}|{sys.version}|{sys.executable}|{head_dims}".encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"fastdiff-emu-{os.getuid()}-{key}"
     folder.mkdir(mode=0o700, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # the compiler is not under test
@@ -131,6 +168,7 @@ def build() -> Emulator:
         fcntl.flock(lock, fcntl.LOCK_EX)
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DFASTDIFF_EMU=ON"]
         configure += ["-DFASTDIFF_CUDA=OFF", f"-DFASTDIFF_SANITIZE={SANITIZE}", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DFASTDIFF_HEAD_DIMS={head_dims}"]
         for command in (configure, ["ninja", "-C", str(folder), "_C_emu"]):
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode != 0:
