@@ -1,8 +1,8 @@
 """Builds the native extension with CMake and ninja; all else is in pyproject.toml.
 
 Environment: FASTDIFF_CUDA=AUTO|ON|OFF, FASTDIFF_CUDA_ARCHS="80;90a", FASTDIFF_HEAD_DIMS=few|default|all,
-FASTDIFF_SANITIZE="address,undefined", FASTDIFF_NATIVE=OFF (pure Python on purpose). Without a C++ compiler the package installs as pure Python: it works, on
-the PyTorch reference.
+FASTDIFF_SANITIZE="address,undefined", FASTDIFF_NATIVE=OFF (pure Python on purpose). Without a C++ compiler the package
+installs as pure Python: it works, on the PyTorch reference.
 """
 
 import os

@@ -554,7 +554,7 @@ def test_bench_lists_operators_shapes_and_baselines() -> None:
     text = invoke("bench", "--list").stdout
     for entry in listed:
         assert entry["shapes"][-1] == "overhead"
-        for name in (entry["op"], *entry["shapes"], *entry["baselines"]):
+        for name in (entry["op"], *entry["shapes"], *entry["gpu_shapes"], *entry["baselines"]):
             assert name in text
 
 

@@ -629,10 +629,14 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::f
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535 || smem > kSharedLimit || cluster < 1 || cluster > 8 || grid.x % cluster != 0)
     throw std::runtime_error(std::string(kernel) + ": invalid configuration argument");
+  const std::string instantiation = std::move(s.instantiation);
+  s.instantiation.clear();
   if (s.recording) {
+    if (instantiation.empty()) throw std::runtime_error(std::string(kernel) + ": launched without a name (FD_LAUNCH)");
+    s.records += instantiation;
     for (const dim3& d : {grid, block})
-      s.instantiation += "\t" + std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z);
-    s.records += s.instantiation + "\t" + std::to_string(smem) + "\t" + std::to_string(cluster) + "\n";
+      s.records += "\t" + std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z);
+    s.records += "\t" + std::to_string(smem) + "\t" + std::to_string(cluster) + "\n";
     s.kernel = kernel;
     return;
   }

@@ -23,10 +23,12 @@ from fastdiff.cli._machine import load_average, machine
 from fastdiff.cli._table import Table
 from fastdiff.cli._verify_engine import DTYPES, cuda_missing
 from fastdiff.ops import SPECS
+from fastdiff.ops._gpu_shapes import SHAPES, shapes_on
 from fastdiff.ops._registry import Call, OpSpec, map_tensors, tensors_in
 
 OURS, EAGER, COMPILE, COPY, MATMUL = "fastdiff", "eager", "compile", "copy", "matmul"
 OVERHEAD = "overhead"
+_NO_MEMORY = "OutOfMemoryError"  # torch's, on a GPU
 DEFAULT_DTYPES = ("float32", "bfloat16")
 EVEN = 0.005  # a ratio that rounds to 1.00 is neither won nor lost
 _TINY = 4  # the overhead row cuts every dimension to this
@@ -66,7 +68,12 @@ class Case:
 def list_shapes() -> list[dict[str, Any]]:
     """What can be asked for: operators with their shapes and peers."""
     return [
-        {"op": spec.name, "shapes": [*spec.shapes, OVERHEAD], "baselines": [EAGER, COMPILE, *spec.peers]}
+        {
+            "op": spec.name,
+            "shapes": [*spec.shapes, OVERHEAD],
+            "gpu_shapes": list(SHAPES.get(spec.name, {})),
+            "baselines": [EAGER, COMPILE, *spec.peers],
+        }
         for spec in SPECS.values()
     ]
 
@@ -75,7 +82,8 @@ def listing() -> Table:
     """The same as a table."""
     found = Table(("op", "shapes", "baselines"))
     for entry in list_shapes():
-        found.add(entry["op"], "\n".join(entry["shapes"]), "\n".join(entry["baselines"]))
+        shapes = [*entry["shapes"], *(f"{name} (on a GPU)" for name in entry["gpu_shapes"])]
+        found.add(entry["op"], "\n".join(shapes), "\n".join(entry["baselines"]))
     return found
 
 
@@ -115,7 +123,7 @@ def bench(
     if _native.extension is None:
         raise BenchError(f"nothing to measure: fastdiff runs on its PyTorch reference: {_native.load_error}")
     place = _device(device)
-    cases = _cases(ops, shapes, dtypes, backward)
+    cases = _cases(ops, shapes, dtypes, backward, place)
     record: dict[str, Any] = {"ok": True, "summary": "", "machine": machine(), "method": METHOD, "device": device}
     rows: list[dict[str, Any]] = []
     left_out = [f"{case.label} (no CUDA kernel yet)" for case in cases if place.type == "cuda" and not case.spec.cuda]
@@ -127,7 +135,11 @@ def bench(
             continue
         if progress:
             progress(done, len(cases), case.label)
-        rows.append(_row(case, place, seconds, compiled, buffers))
+        row = _row(case, place, seconds, compiled, buffers)
+        if row["problem"].startswith(_NO_MEMORY):
+            left_out.append(f"{case.label} (the device's memory is too small)")
+        else:
+            rows.append(row)
     if progress:
         progress(len(cases), len(cases), "")
     order = list(SPECS)
@@ -161,7 +173,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backward: bool) -> list[Case]:
+def _cases(
+    ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backward: bool, place: torch.device
+) -> list[Case]:
     for name in ops:
         if name not in SPECS:
             raise BenchError(f"--op: expected one of {', '.join(SPECS)}; got {name!r}")
@@ -173,7 +187,7 @@ def _cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], bac
     chosen = list(dict.fromkeys(dtypes or DEFAULT_DTYPES))
     for dtype in chosen:  # outermost, so that a run that is cut short has seen every operator
         for spec in specs:
-            found += [Case(spec, name, dtype, backward) for name in spec.shapes if _wanted(name, shapes)]
+            found += [Case(spec, name, dtype, backward) for name in shapes_on(spec, place) if _wanted(name, shapes)]
             if not backward and dtype == chosen[0] and _wanted(OVERHEAD, shapes):
                 found.append(Case(spec, OVERHEAD, dtype, False))
     if not found:
@@ -245,7 +259,7 @@ def _measure(
 def _call(case: Case, device: torch.device) -> Call:
     dtype = DTYPES[case.dtype]
     if case.shape != OVERHEAD:
-        return case.spec.shapes[case.shape](dtype, device)
+        return shapes_on(case.spec, device)[case.shape](dtype, device)
     if case.spec.overhead:
         return case.spec.overhead(dtype, device)
     # Any named shape will do: with every dimension cut to a few, what is left is the price of the call.
