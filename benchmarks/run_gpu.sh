@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Everything that a GPU can tell about fastdiff, in one command and under nine minutes: build, info, verify, tests,
-# compute-sanitizer, benchmarks, images per second of DiT-XL/2. A step that fails or runs out of time is reported, and the others still run; the exit
-# code is 1 if any step failed.
+# Everything that a GPU can tell about fastdiff, in one command and under nine minutes: build, info, verify, tests and
+# compute-sanitizer side by side, then with the card to itself benchmarks, images per second of DiT-XL/2, and how the
+# targets of targets.py stand. A step that fails or runs out of time is reported, and the others still run; the exit code
+# is 1 if any step failed.
 #
 #   benchmarks/run_gpu.sh                         writes benchmarks/results/DATE-gpu.{md,json,log}, DATE-gpu-*.json
 #   OUT=/tmp/results benchmarks/run_gpu.sh        writes there
@@ -61,6 +62,47 @@ step() {
   return "$code"
 }
 
+# started NAME SECONDS COMMAND...: the same beside others where there are cores for it; `finish` waits for them all.
+jobs=()
+started() {
+  if [ -n "$dry" ] || [ "$(nproc)" -lt 8 ]; then
+    step "$@"
+    return
+  fi
+  local name=$1 seconds job=$work/job-${#jobs[@]}
+  seconds=$(room "$2")
+  shift 2
+  if [ "$seconds" -lt 5 ]; then
+    skip "$name" "**no time left**"
+    failed=1
+    return
+  fi
+  say "== $name (at most $seconds s, beside others): $*"
+  (
+    timeout --kill-after=5 "$seconds" "$@" >"$job.out" 2>&1
+    echo "$? $SECONDS" >"$job.code"
+  ) &
+  jobs+=("$!|$job|$name|$seconds|$SECONDS")
+}
+finish() {
+  local entry pid job name seconds began code ended
+  for entry in "${jobs[@]}"; do
+    IFS='|' read -r pid job name seconds began <<<"$entry"
+    wait "$pid"
+    read -r code ended <"$job.code"
+    say "== $name: what it printed"
+    tail -n 400 "$job.out" | tee -a "$log"
+    if [ "$code" -eq 0 ]; then
+      steps+=("- $name: ok, $((ended - began)) s, beside others")
+    elif [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
+      steps+=("- $name: **stopped after $seconds s**") failed=1
+    else
+      steps+=("- $name: **failed**, exit code $code") failed=1
+    fi
+  done
+  jobs=()
+}
+
 has() { "$python" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in sys.argv[1:]))" "$@"; }
 
 # Installed into a folder of its own, with the benchmarks and tests beside it: nothing of the user's changes, and
@@ -97,8 +139,10 @@ if [ ! -f tests/test_ops.py ]; then
 elif ! has pytest hypothesis expecttest; then
   skip tests "pytest, hypothesis or expecttest is not installed"
 else
-  step tests 120 env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -p no:cacheprovider --maxfail 10 \
-    tests/test_cuda_graph.py tests/test_ops.py
+  pytest=(env FASTDIFF_TEST_DEVICE=$device "$python" -m pytest -q -p no:cacheprovider --maxfail 10)
+  started tests 120 "${pytest[@]}" tests/test_cuda_graph.py tests/test_ops.py
+  started tests-families 100 "${pytest[@]}" tests/test_attention.py tests/test_causal_conv1d.py tests/test_gaussian.py \
+    tests/test_philox.py tests/test_selective_scan.py tests/test_spectrum.py
 fi
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
@@ -107,44 +151,59 @@ if [ -n "$dry" ]; then
 elif [ -z "$sanitizer" ]; then
   skip compute-sanitizer "not found"
 else
-  # Without torch's caching allocator every tensor is an allocation of its own, so that an access past its end shows.
-  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck initcheck; do
     # Only our kernels are watched; initcheck must see everybody's writes.
     ours=(--kernel-name kernel_substring=fastdiff)
     [ $tool = initcheck ] && ours=()
-    step "compute-sanitizer $tool" 30 "$sanitizer" --tool $tool "${ours[@]}" --error-exitcode 9 \
-      "$python" -m benchmarks verify --device cuda --dtype bfloat16 --draws 3
+    # Without torch's caching allocator every tensor is an allocation of its own: an access past its end shows.
+    started "compute-sanitizer $tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool "${ours[@]}" \
+      --error-exitcode 9 "$python" -m benchmarks verify --device cuda --dtype bfloat16 --draws 3
   done
-  unset PYTORCH_NO_CUDA_MEMORY_CACHING
 fi
+finish
 
 # --budget: rows that would start later are left out and named, so that what was measured is kept.
 speed() { # NAME SECONDS FILE OPTIONS...
   local name=$1 seconds file=$3
   seconds=$(room "$2")
   shift 3
-  step "$name" "$seconds" "$python" -m benchmarks bench --device $device --dtype bfloat16 --dtype float32 --seconds 0.2 \
+  records+=("$file.json")
+  step "$name" "$seconds" "$python" -m benchmarks bench --device $device --seconds 0.2 \
     --budget $((seconds > 60 ? seconds - 40 : seconds / 3)) --json "$file.json" --markdown "$work/$name.md" "$@"
 }
-if [ -n "$dry" ]; then quick=(--shape overhead --shape 16,1152 --shape 1,4,64); else quick=(); fi
-speed bench 150 "$base" "${quick[@]}"
+records=()
+adaln=(--op adaln_modulate --op gate_residual --op gate_residual_adaln)
 if [ -n "$dry" ]; then
-  skip bench-sm90 "dry run"
-  tiny=(--width 32 --depth 2 --heads 2 --input-size 8 --steps 2 --batch 1)
+  quick=(--shape overhead --shape 16,1152 --shape 1,4,64) tiny=(--width 32 --depth 2 --heads 2 --input-size 8 --steps 2 --batch 1)
+  targets=("${quick[@]}")
 else
-  FASTDIFF_SM90=1 speed bench-sm90 30 "$base-sm90" "${attention[@]}" --no-compile
-  tiny=()
+  quick=() tiny=()
+  mapfile -t targets < <("$python" -m benchmarks.targets --shapes | sed 's/^/--shape=/')
 fi
+# What the targets are about comes first: the time may not last for everything.
+step graph 40 "$python" -m benchmarks.graph_time --device $device --json "$base-graph.json" --markdown "$work/graph.md"
+records+=("$base-graph.json")
+speed bench-targets 75 "$base-targets" --dtype bfloat16 --no-compile --shape overhead "${targets[@]}"
+speed bench-adaln 75 "$base-adaln" --dtype bfloat16 "${adaln[@]}" --op adaln_attention "${quick[@]}"
 step dit 70 "$python" -m benchmarks.dit_throughput --device $device --budget 55 --json "$base-dit.json" \
   --markdown "$work/dit.md" "${tiny[@]}"
-speed bench-backward 60 "$base-backward" --backward --no-compile "${quick[@]}"
+records+=("$base-dit.json")
+if [ -n "$dry" ]; then
+  skip bench-sm90 "dry run"
+else
+  FASTDIFF_SM90=1 speed bench-sm90 40 "$base-sm90" --dtype bfloat16 "${attention[@]}" --no-compile
+  unset "records[-1]" # the targets are about what is used unasked
+  speed bench-tables 40 "$base-tables" --dtype bfloat16 --backward "${adaln[@]}" --shape "per token"
+fi
+speed bench-backward 60 "$base-backward" --dtype bfloat16 --dtype float32 --backward --no-compile "${quick[@]}"
+speed bench 150 "$base" --dtype bfloat16 --dtype float32 "${quick[@]}"
+step targets 20 "$python" -m benchmarks.targets "${records[@]}" --markdown "$work/targets.md"
 
 {
   echo "# fastdiff on $device, $(date -u +%Y-%m-%d)"
   echo
   printf '%s\n' "${steps[@]}"
-  for page in bench bench-sm90 bench-backward dit; do
+  for page in targets dit graph bench-targets bench-adaln bench-sm90 bench-tables bench bench-backward; do
     [ -f "$work/$page.md" ] && echo && sed 's/^# /## /' "$work/$page.md"
   done
 } >"$base.md"

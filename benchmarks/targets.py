@@ -185,7 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.targets", description=__doc__.split("\n")[0])
     parser.add_argument("records", nargs="*", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--shapes", action="store_true", help="print the shapes that the targets are about, and stop")
     options = parser.parse_args(arguments)
+    if options.shapes:
+        print("\n".join(dict.fromkeys(shape for target in TARGETS for shape in target.shapes)))
+        return 0
     page = table(*read(options.records))
     print(page, end="")
     if options.markdown:
