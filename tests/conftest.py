@@ -61,7 +61,11 @@ def _seeded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if GIVEN is None or hasattr(request.module, "DEVICE"):
         yield
         return
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=GIVEN: generator(device))
+
+    class Generator(torch.Generator):
+        def __new__(cls, device: Any = GIVEN) -> Any:
+            return super().__new__(cls, device=device)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
     with torch.device(GIVEN):
         yield

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from emu import harness
 from emu.harness import Emulator
 
 import fastdiff
@@ -24,14 +23,6 @@ from fastdiff.ops.attention import attention_reference
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 every_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda t: str(t).removeprefix("torch."))
-
-
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emu import harness
 from emu.harness import Emulator
 
 import fastdiff
@@ -22,14 +21,6 @@ from fastdiff.ops._gaussian_spec import matrix
 
 U = 2.0**-24
 BORDERS = list(gp.BORDERS)
-
-
-@pytest.fixture(scope="module")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from emu import harness
 from emu.harness import Emulator
 
 import fastdiff
 from fastdiff.ops import gelu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
 
 
 @pytest.fixture

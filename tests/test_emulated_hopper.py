@@ -18,14 +18,6 @@ SEEDS = range(1 if harness.SANITIZE else 3)
 PAIR = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
-
-
 @pytest.fixture
 def emu(built: Emulator) -> Iterator[Emulator]:
     built.reset()

@@ -23,14 +23,6 @@ NAMES = [name for name, spec in SPECS.items() if spec.cuda]
 DRAWS = 4 if harness.SANITIZE else 12
 
 
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
-
-
 @pytest.fixture
 def emu(built: Emulator) -> Iterator[Emulator]:
     built.reset()

@@ -23,14 +23,6 @@ from fastdiff.ops._registry import tensors_in
 page = importlib.import_module("fastdiff.ops.selective_scan")  # the package has a function of that name
 
 
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
-
-
 @pytest.fixture
 def emu(built: Emulator) -> Iterator[Emulator]:
     built.reset()

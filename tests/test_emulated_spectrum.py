@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emu import harness
 from emu.harness import Emulator
 
 import fastdiff
@@ -14,14 +13,6 @@ from fastdiff.ops import radial_spectrum, spectral_features, spectrum
 
 CALLS = [(spectral_features, spectrum.spectral_features_reference, {"shift": s}) for s in (False, True)]
 CALLS += [(radial_spectrum, spectrum.radial_spectrum_reference, {"normalize": s}) for s in (False, True)]
-
-
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
 
 
 @pytest.fixture

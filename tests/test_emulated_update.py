@@ -6,19 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from emu import harness
 from emu.harness import Emulator
 from test_philox import SHAPES, loop
 
 from fastdiff.ops import ddim_step, euler_step, linear_update, philox_normal
-
-
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
 
 
 @pytest.fixture

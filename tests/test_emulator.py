@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,21 +20,6 @@ from emu.harness import CHUNK, LAYOUTS, MODULATION, PREDICTIONS, STORED, Adaln, 
 SEEDS = range(2 if harness.SANITIZE else 4)  # a sanitizer does not look at bits
 BATCHES = 5 if harness.SANITIZE else 12  # random cases are grouped, so that a failure names its seed
 CASES = 12  # per group
-
-
-@pytest.fixture(scope="session")
-def built() -> Emulator:
-    reason = harness.why_not()
-    if reason:
-        pytest.skip(f"the CUDA emulator cannot be built: {reason}")
-    return harness.build()
-
-
-@pytest.fixture
-def emu(built: Emulator) -> Iterator[Emulator]:
-    built.reset()
-    yield built
-    built.reset()
 
 
 def random_adaln(rng: random.Random, backward: bool) -> Adaln:

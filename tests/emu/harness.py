@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import math
@@ -155,6 +156,7 @@ class Emulator:
         return data
 
 
+@functools.cache
 def build(head_dims: str = "") -> Emulator:
     """Configures and builds `_C_emu` in a directory that later runs find again, and loads it.
 
