@@ -291,7 +291,9 @@ def _cuda_arguments(x: torch.Tensor, sigma: Any, rule: Any, copies: int) -> tupl
     if max(ext.fold_reach(K // 2, n, border) for K, n in zip(supports, (H, W), strict=True)) > gp.ONE_LAUNCH:
         samples = x.shape[0] if numbers[2] else 1
         workspace = torch.empty(copies * x.numel(), dtype=torch.float32, device=x.device)
-        sums = torch.empty(samples * 7 * ext.fold_entries(H, W), dtype=torch.float64, device=x.device)
+        sliding = ext.slide_doubles(H, W, ky, kx, numbers[0] != 0, *numbers[3:5])
+        doubles = samples * (7 * ext.fold_entries(H, W) + sliding) + 1
+        sums = torch.empty(doubles, dtype=torch.float64, device=x.device)
     shared = (0, 0, 0, 0, 0 if workspace is None else workspace.data_ptr(), 0, 0)
     return shared, (*numbers, 0 if sums is None else sums.data_ptr()), [there, workspace, sums]
 
