@@ -155,15 +155,15 @@ def test_radii_that_only_the_device_knows() -> None:
 
 def slide_error(sigma: float, H: int, W: int) -> float:
     """What csrc/cuda/gaussian_sliding.cuh allows itself, as a share of the largest |x|: the fit, which is found here,
-    and 2.4 u for every rounding of all states together: 2 + 7 carries, and those of a segment and of the starting sums,
-    which grow like the square root of their number."""
+    and 2.4 u for every rounding of all states together: 2 + 7 carries, and those of a segment and of the 32 starting
+    sums, which grow like the square root of their number."""
     K = gp.support(sigma)
     A, theta = gp.cosines(abs(sigma), K)
     k = torch.arange(-(K // 2), K // 2 + 1, dtype=torch.float64)
     fitted = torch.cos(k[:, None] * torch.from_numpy(theta)) @ torch.from_numpy(A)
     fit = (fitted - torch.from_numpy(gp.taps(sigma, K)[0])).abs().sum().item()
     steps = [min(n, min(4096, max(512, 1 << (K - 1).bit_length()))) / 32 for n in (H, W)]
-    terms = [min(K + 1, 2 * n) / 32 for n in (H, W)]
+    terms = [min(K + 1, 2 * n) / 32**2 for n in (H, W)]
     return sum(fit + 2.4 * U * (9 + (math.sqrt(L) + math.sqrt(t)) / 2) for L, t in zip(steps, terms, strict=True))
 
 

@@ -14,8 +14,7 @@
 //   1. The state at the start of the part from its definition: the 2 r + 2 samples of the window dealt out to the
 //      segments. Where the window is longer than the border's period, its weights are folded, so it is never more than
 //      2 n samples; what the replicate border repeats is one sample with one weight.
-//   2. Every segment from a state of zeros to its end. The recurrence is linear: a step takes the state s to M s + g,
-//   so
+//   2. Every segment from a state of zeros to its end. The recurrence is linear, a step takes the state s to M s + g:
 //      a true state is M^L times the true state before, plus the segment's own. M^L is known in closed form (a rotation
 //      by L m theta), hence segments are combined exactly: four of a warp by two rounds of shuffles, eight warps in
 //      order through shared memory. M^L - 1 is kept instead of M^L, so that a carry rounds F once.
@@ -26,25 +25,26 @@
 // A recurrence never forgets a NaN: a block that has found anything not finite computes its outputs again from the
 // taps.
 //
-// Error, as a share of the largest |x|, both axes: the fit is off by at most 1.1e-6 an axis (sum of |errors| of the
-// taps, sigma >= 16). Rounding, u = 2^-24: sum_m |A_m| (2 r + 1) = 2.4 bounds the |F_m| together. Between two carries a
-// state is rounded at most L <= 128 times, errors that add like sqrt(L) (u / 2 each of what the segment has gathered),
-// and then once per carry, of which there are 2 + 7: 2.4 u (sqrt(L) / 2 + 9) = 1.2e-6 at L = 32 and 2.1e-6 at L = 128;
-// the start sums at most 768 terms a thread: 2.4 u (sqrt(768) / 2 + 8) = 3.2e-6 at worst. 2 (1.1 + 1.2 + 1.4) 1e-6 =
-// 7e-6 for parts of 1024, where the sums of a thread have 64 terms: within the 1e-5 that is promised.
+// Error, as a share of the largest |x|, an axis: the fit is off by 1.05e-6 at most (the sum of |errors| of the taps, at
+// any sigma here). Rounding, u = 2^-24: sum_m |A_m| (2 r + 1) = 2.4 bounds all |F_m| together. A state is rounded L <=
+// 128 times between two carries, which adds up like sqrt(L) u / 2, then once in each of 2 + 7 carries. A thread's
+// starting sum has t <= 768 terms but holds a 32nd of the weights, so that 32 of them are off by sqrt(t / 32) u / 2.
+// Together 2.4 u (9 + (sqrt(L) + sqrt(t / 32)) / 2): 1.8e-6 at L = 32 and t = 64, 2.5e-6 at worst. Two axes: 7e-6 at
+// worst, and 1e-5 is promised. In the emulator, for five borders, sigma 16 to 900, noise and constants: 6.4e-7.
 //
-// Count, instructions per pixel and axis: 44 to reach the ends of segments and 60 for the outputs (20 for five cosines
-// and 4 for their input, two loads with 9 of addresses, and what stores take), 15 for carries (480 a thread over L = 32
-// outputs, twice that over L = 16), and for the start 21 per sample of the window and thread: (2 r + 2) / 32 of them
-// over L outputs. Against it, the direct sums' 2 r + 1 FMAs, 1.2 instructions each with their loads. 1024 x 1024, both
+// Count, from the machine code for sm_90, in instructions per output and axis: 44 to reach the ends of segments (the
+// recurrence takes 26 of them, two loads and their places the rest), 66 for the outputs, and per thread, so over L
+// outputs: 330 for carries, 400 for what a task costs, and for the start 100 per four samples of its 32nd of the
+// window and 100 to add the parts up. The direct sums take 1.75 per tap with all that they stage. 1024 x 1024, both
 // axes, at 128 lanes, 132 SMs and 1.755 GHz:
-//   sigma   direct             sliding
-//      32    464   16 us       260    9 us
-//     128   1850   62 us       270    9 us
-//     512   4910  165 us       320   11 us   (taps beyond the image folded)
-// They meet at sigma 16 to 18; the switch is at 16, for every size. A window of 16 K bytes of a block's columns stays
-// in L1, so the floor is as for the direct path; a part of 1024 on an image of 1024 columns gives a block to 128 of 132
-// SMs, two warps to a scheduler with five independent chains each. Predicted: 60 % of issue, 16 us, 12 % of copy speed.
+//   sigma   direct            sliding
+//      32    675   24 us     350   12 us    (L = 16)
+//     128   2690   95 us     315   11 us    (L = 32)
+//     512   7170  253 us     370   13 us    (taps beyond the image folded)
+// They meet at sigma 16.7; the switch is at 16, for every size. The columns of a block stay in L1 between its reads, so
+// memory is as for the direct path: read once and written once an axis, 16 bytes a pixel, 4 us. A part of 1024 on an
+// image of 1024 columns gives a block to 128 of 132 SMs, two warps to a scheduler, with five independent chains each.
+// Predicted: 60 % of issue, 20 us with three launches, 10 % of copy speed, at every sigma.
 //
 // Performance: not measured.
 #pragma once
@@ -54,6 +54,7 @@ namespace fastdiff {
 namespace cuda {
 namespace {
 
+static_assert(kSlideColumns == 8 && kSegments == 32 && kSlideSide >= 2 * kSegments, "how lanes are dealt out");
 constexpr int kRun = 8, kRunPitch = kRun + 1;  // outputs of a thread on their way through shared memory
 
 // -------------------------------------------------------------------------------------------------------------- pass
@@ -76,7 +77,7 @@ struct Column {
     const int p = period > 0 ? position % period : position;
     return period > 0 && p < 0 ? p + period : p;
   }
-  FD_D int later(int p, int by) const {  // by <= period
+  FD_D int later(int p, int by) const {  // by <= kSlideSide, the shortest period
     p += by;
     return period > 0 && p >= period ? p - period : p;
   }
@@ -99,6 +100,8 @@ struct Column {
         else
           v[q] = widen_any(fetch_any(at, dtype), dtype);
       }
+    } else if (period == 0 && (p >= n || p < -3)) {
+      v[0] = v[1] = v[2] = v[3] = value(p);
     } else {
 #pragma unroll
       for (int q = 0; q < 4; ++q) v[q] = value(later(p, q));
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 2) blur_slide(const Work a) {
       const int begin = n0 - s.r - 1;  // of the window
       const int from = s.period == 0 && begin < 0 ? -begin : s.first;
       const int last = s.period > 0 ? s.count : s.n - begin < s.window ? s.n - begin : s.window;
-      const float* weights = table + weights_at(a) + 12 * static_cast<int64_t>(from + segment - s.first);
+      const float* weights = table + weights_at(a) + 12 * static_cast<int64_t>(from + 4 * segment - s.first);
       const auto add = [&](const float* w, float v) {
         const float4 p = *reinterpret_cast<const float4*>(w), q = *reinterpret_cast<const float4*>(w + 4),
                      t = *reinterpret_cast<const float4*>(w + 8);
@@ -241,11 +244,14 @@ __global__ void __launch_bounds__(kThreads, 2) blur_slide(const Work a) {
         state[6] = fmaf(q.z, v, state[6]), state[7] = fmaf(q.w, v, state[7]), state[8] = fmaf(t.x, v, state[8]);
         state[9] = fmaf(t.y, v, state[9]), state[10] = fmaf(t.z, v, state[10]);
       };
-      int p = x.place(begin + from + segment);
-#pragma unroll 2
-      for (int e = from + segment; e < last; e += kSegments) {
-        add(weights, x.value(p));
-        p = x.later(p, kSegments), weights += 12 * kSegments;
+      int p = x.place(begin + from + 4 * segment);
+      for (int e = from + 4 * segment; e < last; e += 4 * kSegments) {
+        float v[4];
+        x.four(p, v);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (e + k < last) add(weights + 12 * k, v[k]);
+        p = x.later(x.later(p, 2 * kSegments), 2 * kSegments), weights += 12 * 4 * kSegments;
       }
       if (edges.border == kReplicate && segment < 2 && !FD_MUTATED(kSlideEnds))
         add(table + ends_at() + 12 * (2 * part + segment), x.value(segment == 0 ? 0 : s.n - 1));
@@ -310,21 +316,24 @@ __global__ void __launch_bounds__(kThreads, 2) blur_slide(const Work a) {
 
     // 3: outputs. `give` puts those of a run, `count` a thread, where they belong.
     float* const run = runs + warp * 32 * kRunPitch;
+    // In a warp's store a lane has output `at` of a run of every fourth thread: column `to` or the fourth after it.
+    const int at = lane % kRun, to = lane / kRun, left = static_cast<int>(lines - group * kSlideColumns) - to;
+    const int64_t corner = (plane * lines + group * kSlideColumns + to) * n;
     const auto give = [&](int from, int count) {
       __syncwarp();
-      const int owner = lane / kRun, at = lane % kRun;
+      const int m0 = n0 + 4 * warp * s.rows + from + at;
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) {  // the outputs of 32 / kRun threads at a time
-        const int of = 32 / kRun * k + owner, m = n0 + (4 * warp + of / kSlideColumns) * s.rows + from + at;
-        const int64_t to = group * kSlideColumns + of % kSlideColumns;
-        if (at >= count || m >= s.n || to >= lines) continue;
-        float v = run[of * kRunPitch + at];
-        if (edges.replicate && (m == 0 || m == s.n - 1))
-          v = gathered[(m == 0 ? 0 : kSlideColumns) + of % kSlideColumns];
-        v *= edges.halved(m, n);
-        const int64_t place = (plane * lines + to) * n + m;
+      for (int k = 0; k < kRun; ++k) {
+        const int m = m0 + k / 2 * s.rows, across = k % 2 * 4;
+        if (at >= count || m >= s.n || across >= left) continue;
+        float v = run[(4 * k + to) * kRunPitch + at];
+        if (edges.reflect) v *= edges.halved(m, n);
+        if (edges.replicate && (m == 0 || m == s.n - 1)) v = gathered[(m == 0 ? 0 : kSlideColumns) + to + across];
+        const int64_t place = corner + across * n + m;
         if constexpr (kFirst)
           a.workspace[place] = v;
+        else if (a.out.dtype == kF32)
+          static_cast<float*>(a.out.data)[place] = v;
         else
           put_two(static_cast<char*>(a.out.data) + place * size_any(a.out.dtype), a.out.dtype, v, 0.0f, false, 1);
       }

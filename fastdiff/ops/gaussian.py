@@ -57,10 +57,11 @@ def gaussian_blur(
     dimensions or more is copied where its axes between the first and the image do not fall together into one (a
     transposed or cut view of a larger tensor). Tables of taps are kept for later calls, at most 32 MB of them.
 
-    On CUDA every support is computed tap by tap, exactly, and taps beyond the image are folded back onto it; none is
-    made or read by the host, so that a captured graph may be replayed with another sigma in its tensor. One launch and
-    no memory where no radius K // 2 exceeds 16. Where one does, or may, because sigma is a CUDA tensor and kernel_size
-    None: a float32 copy of x (two for the gradient to sigma) and at most 56 max(H, W) bytes per sigma. A support beyond
+    On CUDA the same holds from sigma = 16 on, and below it, or with a `kernel_size`, every support is computed tap by
+    tap, exactly; taps beyond the image are folded back onto it. None is made or read by the host, so that a captured
+    graph may be replayed with another sigma in its tensor. One launch and no memory where no radius K // 2 exceeds 16.
+    Where one does, or may, because sigma is a CUDA tensor and kernel_size None: a float32 copy of x (two for the
+    gradient to sigma) and at most 56 max(H, W) bytes per sigma, 260 max(H, W) where cosines may serve. A support beyond
     131073 that only the device knows of makes its sample NaN instead of an error.
 
     Args:

@@ -160,6 +160,11 @@ def _blur(shape: tuple[int, ...], sigma: float, backward: bool = False, grid: in
     return Case("gaussian_blur", lambda: ((_image(*shape), torch.tensor(sigma)), options), backward, grid)
 
 
+def _wide(shape: tuple[int, ...], sigma: float, grid: int = 1000, **options: Any) -> Case:
+    """With a number for sigma: nothing but the sliding path is launched."""
+    return Case("gaussian_blur", lambda: ((_image(*shape), sigma), options), grid=grid)
+
+
 def _spoiled(shape: tuple[int, ...], sigma: float, grid: int = 1000) -> Case:
     def make() -> Call:
         x = _image(*shape)
@@ -189,13 +194,13 @@ GAUSSIAN: dict[str, Case] = {
     "kTailTap": _blur((1, 20, 30), 1.0),
     "kRingBarrier": _blur((1, 90, 30), 30.0, kernel_size=(141, 3), border="constant"),
     "kEdgeHalf": _blur((1, 20, 30), 1.0, backward=True),
-    "kSlideSystem": _blur((1, 64, 64), 16.0),
-    "kSlideFold": _blur((1, 64, 64), 70.0),
-    "kSlideEnds": _blur((1, 64, 64), 16.0, border="replicate"),
-    "kSlideStart": _blur((1, 64, 64), 16.0, grid=1),
-    "kSlideCarry": _blur((1, 64, 64), 16.0),
-    "kSlidePower": _blur((1, 64, 64), 16.0),
-    "kSlideTurn": _blur((1, 264, 64), 16.0),
+    "kSlideSystem": _wide((1, 64, 64), 16.0),
+    "kSlideFold": _wide((1, 64, 64), 70.0),
+    "kSlideEnds": _wide((1, 64, 64), 16.0, border="replicate"),
+    "kSlideStart": _wide((1, 64, 64), 16.0, grid=1),
+    "kSlideCarry": _wide((1, 64, 64), 16.0),
+    "kSlidePower": _wide((1, 64, 64), 16.0),
+    "kSlideTurn": _wide((1, 264, 64), 16.0),
     "kSlideForget": _spoiled((1, 64, 64), 16.0),
     "kSlideSpoiled": _spoiled((1, 64, 64), 16.0),
     "kSlideReuse": _spoiled((1, 64, 64), 16.0, grid=1),
