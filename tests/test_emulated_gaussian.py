@@ -16,9 +16,10 @@ from emu import harness
 from emu.harness import Emulator
 
 import fastdiff
+from fastdiff.ops import SPECS, box_mask, gaussian_blend, gaussian_blur
 from fastdiff.ops import _gaussian_plan as gp
-from fastdiff.ops import box_mask, gaussian_blend, gaussian_blur
 from fastdiff.ops._gaussian_spec import matrix
+from fastdiff.ops._registry import tolerance, widen
 
 U = 2.0**-24
 BORDERS = list(gp.BORDERS)
@@ -240,6 +241,12 @@ def test_in_a_wide_gaussian_too_what_is_not_finite_spreads_as_far_as_the_support
 # ------------------------------------------------------------------------------------------------- boxes and blending
 
 
+def close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, growth: float) -> None:
+    """Within the rounding of the result and of what was added on the way to it, element by element."""
+    limit = tolerance(want, magnitude, growth, got.dtype)
+    assert ((got.double() - want).abs() <= limit).all(), ((got.double() - want).abs() / limit).max()
+
+
 def layout(K: int, seed: int = 0) -> list[list[float]]:
     found = torch.rand(K, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     low, high = torch.minimum(found[:, :2], found[:, 2:]), torch.maximum(found[:, :2], found[:, 2:])
@@ -271,17 +278,16 @@ def test_box_masks(H: int, W: int, sigma: float) -> None:
             want = dense_masks((given.clamp(0, 1)).tolist(), H, W, sigma)
         s = torch.full((len(boxes),), sigma, dtype=torch.float64, requires_grad=True)
         got = box_mask(given.to(dtype), (H, W), sigma=s)
-        eps = 4 * U if dtype == torch.float32 else torch.finfo(dtype).eps
-        limit = eps * want + 1e-12
-        assert ((got.double() - want).abs() <= limit).all()
+        spec, call = SPECS["box_mask"], ((given, (H, W)), {"sigma": s.detach()})
+        close(got.detach(), want, *spec.bound(dtype, *call[0], **call[1]), 0.0)  # two profiles and their product
         assert torch.equal(got == 0, want.to(dtype) == 0) or sigma > 0
     if sigma > 0:
         g = randn(*got.shape).to(dtype)
         (ds,) = torch.autograd.grad(got, s, g)
         clean = (given.clamp(0, 1)).tolist()
         want = (g.double() * dense_masks(clean, H, W, sigma, slope=True)).sum((1, 2))
-        most = g.double().abs().sum((1, 2)) / sigma
-        assert ((ds - want).abs() <= 64 * U * most + 1e-12).all()
+        most = spec.grad_bound(dtype, [g.double()], *call[0], **call[1])["sigma"]
+        close(ds, want, most, spec.growth(*call[0], **call[1]))
 
 
 def compose(background: torch.Tensor, objects: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
@@ -303,7 +309,7 @@ def test_blending(K: int, shape: tuple[int, ...], kinds: tuple[torch.dtype, torc
     boxes = layout(K)
     H, W = shape[2:]
     g = randn(*shape, seed=2).to(kinds[0])
-    eps = max(torch.finfo(kinds[0]).eps, 16 * U)
+    spec = SPECS["gaussian_blend"]
     for regions, sigma in itertools.product(("boxes", "masks"), (0.0, 2.0)):
         m64 = dense_masks(boxes, H, W, sigma)
         given = boxes if regions == "boxes" else dense_masks(boxes, H, W, 0.0).float().requires_grad_()
@@ -316,20 +322,18 @@ def test_blending(K: int, shape: tuple[int, ...], kinds: tuple[torch.dtype, torc
         m = m64.clone().requires_grad_()
         want = compose(b64, o64, m)
         wanted = torch.autograd.grad(want, (b64, o64, m), g.double())
-        scale = 1 + objects.double().abs().max()
-        assert ((got.double() - want).abs() <= eps * (want.abs() + K * U / eps * 8 * scale)).all()
-        for mine, exact in zip(grads[:2], wanted[:2], strict=True):
-            e = max(torch.finfo(mine.dtype).eps, 16 * U)
-            assert ((mine.double() - exact).abs() <= e * exact.abs() + 8 * K * U * g.double().abs().max()).all()
+        args, kwargs = widen((background, objects, given)), {"sigma": s.detach().double()}
+        growth = spec.growth(*args, **kwargs)
+        most = spec.grad_bound(kinds[0], [g.double()], *args, **kwargs)
+        close(got.detach(), want.detach(), *spec.bound(kinds[0], *args, **kwargs), growth)
+        close(grads[0], wanted[0], most["background"], growth)
+        close(grads[1], wanted[1], most["objects"], growth)
         if sigma > 0:
-            slope = dense_masks(boxes, H, W, sigma, slope=True)
-            ds = (wanted[2] * slope).sum()
-            most = (wanted[2].abs() * slope.abs()).sum()
-            assert abs(grads[2].double() - ds) <= 1e-5 * most
+            close(grads[2], (wanted[2] * dense_masks(boxes, H, W, sigma, slope=True)).sum(), most["sigma"], growth)
         if regions == "masks":
             w, _ = gp.taps(sigma, gp.support(sigma))
             back = matrix(H, w, "reflect").T @ wanted[2] @ matrix(W, w, "reflect")
-            assert ((grads[3].double() - back).abs() <= 1e-5 * wanted[2].abs().max()).all()
+            close(grads[3], back, most["regions"], growth)
         own = background.clone()
         assert torch.equal(gaussian_blend(own, objects, given if regions == "boxes" else given.detach(), sigma=sigma,
                                           out=own), got)  # fmt: skip
@@ -344,8 +348,10 @@ def test_gradients_to_background_and_objects_alone() -> None:
     m = dense_masks(boxes, 9, 12, 1.0)
     b64, o64 = background.detach().double().requires_grad_(), objects.detach().double().requires_grad_()
     wanted = torch.autograd.grad(compose(b64, o64, m), (b64, o64), g.double())
-    for mine, exact in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-6)
+    spec, args, kwargs = SPECS["gaussian_blend"], widen((background, objects, boxes)), {"sigma": 1.0}
+    most, growth = spec.grad_bound(g.dtype, [g.double()], *args, **kwargs), spec.growth(*args, **kwargs)
+    for name, mine, exact in zip(("background", "objects"), grads, wanted, strict=True):
+        close(mine, exact, most[name], growth)
 
 
 def test_an_object_is_not_read_where_its_box_is_not() -> None:
