@@ -478,6 +478,12 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
          &Sigma::sigma_y, &Sigma::sigma_x, &Sigma::size_y, &Sigma::size_x, &Sigma::sums);
   m.def("fold_reach", [](int64_t radius, int64_t n, int32_t border) { return fold_reach(radius, n, border); });
   m.def("fold_entries", [](int64_t H, int64_t W) { return fold_entries(H, W); });
+  // Doubles per sigma of the sliding path's tables on CUDA, 0 where it serves nothing. unknown: sigma is on the device.
+  m.def("slide_doubles", [](int64_t H, int64_t W, int64_t size_y, int64_t size_x, bool unknown, double sy, double sx) {
+    Sigma s;
+    s.sigma = unknown ? &s : nullptr, s.size_y = size_y, s.size_x = size_x, s.sigma_y = sy, s.sigma_x = sx;
+    return may_slide(s, H, W) ? slide_floats(H, W) : int64_t{0};
+  });
   m.def("blur_tiles", [](int64_t H, int64_t W) { return blur_tiles(H, W); });
   m.def("mask_chunks", [](int64_t H) { return mask_chunks(H); });
 

@@ -323,6 +323,26 @@ FD_CONSTEXPR int64_t fold_entries(int64_t H, int64_t W) {
   return (H > W ? H : W) + 2 < kMaxSupport / 2 + 2 ? (H > W ? H : W) + 2 : kMaxSupport / 2 + 2;
 }
 
+// Which wide Gaussians the CUDA kernels blur at a cost that does not depend on sigma (csrc/cuda/gaussian_sliding.cuh),
+// and the floats of a table of theirs: kSlideHead coefficients; per part of an axis 2 x 12 weights of what lies beyond
+// the image; 12 starting weights per entry.
+constexpr double kSlideSigma = 16, kSlideLargest = 4096;
+constexpr int64_t kSlideSide = 64;   // the shortest side of an image
+constexpr int64_t kSlidePart = 512;  // the shortest part of an axis that starts afresh
+constexpr int64_t kSlideHead = 96;
+FD_CONSTEXPR bool slide_range(double sigma) {
+  return (sigma < 0 ? -sigma : sigma) >= kSlideSigma && (sigma < 0 ? -sigma : sigma) <= kSlideLargest;
+}
+FD_CONSTEXPR bool may_slide(const Sigma& s, int64_t H, int64_t W) {
+  return s.size_y == 0 && s.size_x == 0 && H >= kSlideSide && W >= kSlideSide &&
+         (s.sigma != nullptr || (slide_range(s.sigma_y) && slide_range(s.sigma_x)));
+}
+FD_CONSTEXPR int64_t slide_parts(int64_t n) { return (n + kSlidePart - 1) / kSlidePart; }
+FD_CONSTEXPR int64_t slide_floats(int64_t H, int64_t W) {
+  const int64_t n = H > W ? H : W, most = 6 * static_cast<int64_t>(kSlideLargest) + 2;
+  return kSlideHead + 24 * slide_parts(n) + 12 * (2 * n < most ? 2 * n : most);
+}
+
 // out[b, c] = Ay x[b, c] Ax^T, a separable Gaussian with normalised taps over a finite support.
 // plan[b] = {ry, rx, sliding, restart_y, restart_x}: radii; 1 where the sliding path serves; every how many rows and
 // columns its recurrences start afresh. table[b] holds, one after the other,
@@ -331,7 +351,8 @@ FD_CONSTEXPR int64_t fold_entries(int64_t H, int64_t W) {
 //   and [2 r + 2, 12] starting weights.
 // CUDA: radii of up to kBlurRadius are served by one kernel without memory of its own. Others need `sums`, 7
 // fold_entries doubles per sigma, and as workspace a float32 image [B, C, H, W], two for the gradient to sigma. The
-// caller leaves both null where it knows that no radius is larger.
+// caller leaves both null where it knows that no radius is larger. Where may_slide(), `sums` has one double more, and
+// then slide_floats doubles per sigma.
 struct GaussianBlur : Sigma {
   int64_t B = 0, C = 0, H = 0, W = 0;
   int32_t border = kReflect;

@@ -298,6 +298,7 @@ def test_right_kernels_run(emu: Emulator, seed: int) -> None:
     assert torch.equal(emu.probe("positions", 144), torch.arange(144.0) % 24 + torch.arange(144.0) // 24 * 1000)
     assert emu.probe("unwritten_shared", 32).isnan().all()
     assert torch.equal(emu.probe("deep_stack", 1024), torch.zeros(1024))
+    emu.probe("all_shared", 32), emu.probe("all_shared_sm90", 32)  # to the last byte
     lane = torch.arange(64) % 32
     want = [(lane + 1) % 32, lane ^ 1, torch.where(lane < 29, lane + 3, lane), (lane - 1).clamp(min=0)]
     assert torch.equal(emu.probe("shuffles", 256).view(64, 4), torch.stack(want, 1).float())
@@ -386,7 +387,10 @@ def test_threads_run_in_a_seeded_random_order(emu: Emulator) -> None:
         ("uneven_clusters", "invalid configuration"),
         ("too_many_threads", "invalid configuration"),
         ("no_blocks", "invalid configuration"),
-        ("too_much_shared", "invalid configuration"),
+        ("too_much_shared", "too_much_shared: asks for 101377 bytes of shared memory per block, where 101376 are"),
+        ("too_much_shared_sm90", "too_much_shared_sm90: asks for 232449 bytes .* where 232448 are allowed .sm_90"),
+        ("too_much_together", r"too_much_together, block .*: asks for 101380 bytes .* where 101376 are allowed"),
+        ("too_much_together_sm90", r"too_much_together_sm90, block .*: asks for 232452 bytes .* where 232448 are"),
     ],
 )
 def test_wrong_kernels_are_errors_not_hangs(emu: Emulator, probe: str, message: str) -> None:

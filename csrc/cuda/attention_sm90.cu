@@ -362,8 +362,8 @@ bool run(const AttentionForward& a, int device, void* stream) {
     return false;
   const int64_t q_tiles = (a.N + kTile - 1) / kTile, items = q_tiles * a.H * a.B;
   const int64_t blocks = multiprocessors(device);
-  FD_LAUNCH((attention_sm90<kBf16, kD>), grid_for(items < blocks ? items : blocks), kThreads, L::kBytes, stream, maps,
-            a, items, q_tiles);
+  FD_LAUNCH_SM90((attention_sm90<kBf16, kD>), grid_for(items < blocks ? items : blocks), kThreads, L::kBytes, stream,
+                 maps, a, items, q_tiles);
   return true;
 }
 

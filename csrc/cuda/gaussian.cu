@@ -14,40 +14,37 @@
 // shared memory 1.5 us of the floor's 2.0 for 1024 x 1024, overlapped over six blocks an SM; launch and ramp about 2
 // us. Predicted: 45 % of copy speed for one such image (256 blocks, less than one wave), 60 to 70 % for batches.
 //
-// Larger radii: rows into a float32 image, then columns, each in chunks of 64 taps from shared memory, register blocked
-// as above, the columns through a ring of 128 rows so that a row is read once per 64 outputs; sums of a chunk are added
-// to the total, so that rounding does not grow with the support. The radius never exceeds the image (gaussian.cuh), so
-// this is exact for every sigma that is served: there is no recurrence here, whose serial steps would fill a GPU only
-// with large batches (1024 x 1024 by restarts of 256: 4096 threads of 450 dependent steps, about 8 us an axis; the
-// direct sum takes 7 at sigma 32 and is exact). sigma 32 (K = 193): 2 K = 386 FMAs a pixel, 13.5 us at 30 T FMA/s;
-// predicted 22 us, 9 % of copy speed. sigma 128: four times that; the price of doing without a recurrence grows with
-// sigma.
+// Wide Gaussians, sigma of 16 and more with the support that follows from it, on images of 64 x 64 and more: a
+// recurrence at a cost that does not grow with sigma, within 1e-5 of the largest |x| (gaussian_sliding.cuh).
+//
+// Other radii, and the gradient to any sigma: rows into a float32 image, then columns, each in chunks of 64 taps from
+// shared memory, register blocked as above, the columns through a ring of 128 rows so that a row is read once per 64
+// outputs; sums of a chunk are added to the total, so that rounding does not grow with the support. The radius never
+// exceeds the image (gaussian.cuh), so this is exact for every sigma that is served. sigma 8 (K = 49): 2 K = 98 FMAs a
+// pixel, 170 instructions with what is staged (1.75 per FMA in the machine code for sm_90), 6 us at 128 a clock and SM;
+// predicted 12 us, 16 % of copy speed.
 //
 // Where sigma lives in device memory and the support follows from it, a block finds out for itself whether its sample
-// is its business, and both launches are made.
+// is its business, and the launches of every path are made.
 //
 // Gradient to sigma: both row passes (taps, derivatives) of a tile, two column passes into one register block, product
 // with g; one double per tile, then one sum per sample in fixed order. No atomics; a sample's result depends on its own
 // sizes alone.
 //
 // Performance: not measured.
-#include "gaussian.cuh"
+#include "gaussian_sliding.cuh"
 
 namespace fastdiff {
 namespace cuda {
 namespace {
 
-constexpr int kTile = static_cast<int>(kBlurTile), kMost = static_cast<int>(kBlurRadius);
+constexpr int kTile = static_cast<int>(kBlurTile);
 constexpr int kEntries = kMost + 2;  // folded taps, with those that the constant border drops
 constexpr int kOut = 8;              // outputs of a thread along the axis of a pass
 constexpr int kSlopePitch = kTile + 4;
 
 // A row of the tile: the outputs, the halo, and four floats that a window may run over; 4 mod 8 (see above).
 FD_HD int pitch_of(int reach) { return (kTile + 2 * reach + 7) / 8 * 8 + 4; }
-
-struct Work : GaussianBlurBackward {
-  bool both = false;  // both launches are made: each sample is taken by one
-};
 
 FD_D float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 FD_D float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
@@ -112,20 +109,6 @@ FD_D void column_taps(float2 (&acc)[kOut], const float* w, int count, const Row&
     }
 }
 
-// How a pass treats the edges: the border that fills the halo, and what the adjoint does besides.
-struct Edges {
-  int32_t border;
-  bool reflect, replicate;  // of the adjoint
-  FD_D Edges(int32_t given, bool adjoint)
-      : border(adjoint && given == kReplicate ? static_cast<int32_t>(kConstant) : given),
-        reflect(adjoint && given == kReflect),
-        replicate(adjoint && given == kReplicate) {}
-  FD_D float doubled(int64_t i, int64_t n) const { return reflect && (i == 0 || i == n - 1) ? 2.0f : 1.0f; }
-  FD_D float halved(int64_t i, int64_t n) const {
-    return reflect && (i == 0 || i == n - 1) && !FD_MUTATED(kEdgeHalf) ? 0.5f : 1.0f;
-  }
-};
-
 // Where a task works: the plane and the corner of its tile.
 struct Place {
   int64_t plane, b, c, y0, x0;
@@ -141,10 +124,6 @@ struct Place {
 int64_t tasks_of(const Work& a, int64_t height, int64_t width) {
   return a.B * a.C * ((a.H + height - 1) / height) * ((a.W + width - 1) / width);
 }
-FD_D char* plane_of(const Strided& t, const Place& p) {
-  return static_cast<char*>(t.data) + (p.b * t.s[0] + p.c * t.s[1]) * size_any(t.dtype);
-}
-
 // Outputs of a thread into the image, or their product with g: the sum of a tile into `partial`.
 template <bool kSlope>
 FD_D void finish(const Work& a, const Place& p, const Edges& edges, float2 (&acc)[kOut], double* sums) {
@@ -153,7 +132,7 @@ FD_D void finish(const Work& a, const Place& p, const Edges& edges, float2 (&acc
   if constexpr (kSlope) {
     float part = 0;
     const int64_t sy = a.grad.s[2] * size_any(a.grad.dtype), sx = a.grad.s[3] * size_any(a.grad.dtype);
-    const char* g = plane_of(a.grad, p) + x * sx;
+    const char* g = plane_of(a.grad, p.b, p.c) + x * sx;
     for (int o = 0; o < kOut; ++o) {
       if (y + o >= a.H) break;
       if (columns > 0) part = fmaf(widen_any(fetch_any(g + (y + o) * sy, a.grad.dtype), a.grad.dtype), acc[o].x, part);
@@ -237,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kSlope ? 2 : 3) blur_tile(const Work
       const int64_t m = lane + 32 * i < columns ? border_index(p.x0 - rx + lane + 32 * i, a.W, edges.border) : -1;
       at[i] = m < 0 ? -1 : m * a.x.s[3] * size, scale[i] = edges.doubled(m, a.W);
     }
-    const char* image = plane_of(a.x, p);
+    const char* image = plane_of(a.x, p.b, p.c);
     for (int first = warp; first < rows; first += kWarps * kDown) {
       uint32_t raw[kDown][kAcross];
       float twice[kDown];
@@ -340,25 +319,21 @@ constexpr int kBandRows = 16, kBandColumns = 128;  // outputs of a block in the 
 constexpr int kBandPitch = kBandColumns + kChunk64 + 4;
 constexpr int kRing = 2 * kTile;  // rows of the column pass
 
-// A sample's tables, in Work::sums: e and q [2 axes][2][entries] doubles, then floats [2 axes][3][entries]: taps
-// k >= 0, their derivatives, tails.
-FD_D double* sums_of(const Work& a, int64_t b) {
-  return a.sums + (a.sigma_stride == 0 ? 0 : b) * 7 * fold_entries(a.H, a.W);
-}
-FD_D const float* table_of(const Work& a, int64_t b, bool along_x) {
-  const int64_t n = fold_entries(a.H, a.W);
-  return reinterpret_cast<const float*>(sums_of(a, b) + 4 * n) + (along_x ? 3 * n : 0);
-}
-
-FD_D bool is_small(const Axis& y, const Axis& x) { return y.reach <= kMost && x.reach <= kMost; }
-
-__global__ void __launch_bounds__(kThreads, 2) blur_tables(const Work a, int64_t samples) {
+__global__ void __launch_bounds__(kThreads, 1) blur_tables(const Work a, int64_t samples) {
   FD_SHARED(double, totals, kThreads);
+  FD_SHARED(double, system, kCosines*(kCosines + 1));
   const int64_t n = fold_entries(a.H, a.W);
-  for (int64_t task = blockIdx.x; task < 2 * samples; task += gridDim.x) {
-    const int64_t b = task / 2;
+  for (int64_t task = blockIdx.x; task < (a.sliding ? 4 : 2) * samples; task += gridDim.x) {
+    const int64_t b = task % (2 * samples) / 2;
     const bool along_x = task % 2 != 0;
     const Axis axis = axis_of(a, b, along_x, along_x ? a.W : a.H, a.border);
+    if (task >= 2 * samples) {
+      const Axis other = axis_of(a, b, !along_x, along_x ? a.H : a.W, a.border);
+      if (is_sliding(a, axis, other))
+        slide_table(axis, make_slide(axis, a.border), weights_at(a), slide_table_of(a, b, along_x), totals, system);
+      __syncthreads();
+      continue;
+    }
     double* const e = sums_of(a, b) + (along_x ? 2 * n : 0);
     double* const q = e + n;
     float* const taps = reinterpret_cast<float*>(sums_of(a, b) + 4 * n) + (along_x ? 3 * n : 0);
@@ -403,10 +378,10 @@ __global__ void __launch_bounds__(kThreads, 2) blur_rows(const Work a) {
   for (int64_t task = blockIdx.x; task < total; task += gridDim.x) {
     const Place p(task, a, kBandRows, kBandColumns);
     const Axis ay = axis_of(a, p.b, false, a.H, a.border), axis = axis_of(a, p.b, true, a.W, a.border);
-    if (a.both && is_small(ay, axis)) continue;
+    if (a.several && (is_small(ay, axis) || is_sliding(a, ay, axis))) continue;
     const int64_t r = axis.reach, n = fold_entries(a.H, a.W);
     const float* const table = table_of(a, p.b, true);
-    const char* const from = plane_of(a.x, p);
+    const char* const from = plane_of(a.x, p.b, p.c);
     const int j = warp % 4 * 4 + (lane & 1) + 2 * (lane >> 4), segment = warp / 4 * 64 + kOut * (lane >> 1 & 7);
     float sum[kOut] = {}, slope[kOut] = {};
     for (int64_t t0 = 0; t0 < 2 * r + 1; t0 += kChunk64) {
@@ -540,7 +515,7 @@ __global__ void __launch_bounds__(kThreads, 2) blur_columns(const Work a) {
   for (int64_t task = blockIdx.x; task < total; task += gridDim.x) {
     const Place p(task, a, kTile, kTile);
     const Axis axis = axis_of(a, p.b, false, a.H, a.border), ax = axis_of(a, p.b, true, a.W, a.border);
-    if (a.both && is_small(axis, ax)) continue;
+    if (a.several && (is_small(axis, ax) || is_sliding(a, axis, ax))) continue;
     const int64_t r = axis.reach;
     const float* const table = table_of(a, p.b, false);
     const float* const image = a.workspace + p.plane * a.H * a.W;
@@ -591,16 +566,19 @@ void run(Work a, void* stream) {
   };
   const int64_t ry = most(a.sigma_y, a.size_y, a.H), rx = most(a.sigma_x, a.size_x, a.W);
   const bool large = ry > kMost || rx > kMost;
-  a.both = large && a.sigma != nullptr;
-  if (!large || a.both) {
+  a.several = large && a.sigma != nullptr;
+  a.sliding = large && !kSlope && may_slide(a, a.H, a.W);
+  if (!large || a.several) {
     const int64_t y = ry < kMost ? ry : kMost, x = rx < kMost ? rx : kMost;
     const size_t pitch = static_cast<size_t>(pitch_of(static_cast<int>(x))) + (kSlope ? kSlopePitch : 0);
     FD_LAUNCH(blur_tile<kSlope>, grid_for(tasks_of(a, kTile, kTile)), kThreads,
               (kTile + 2 * static_cast<size_t>(y)) * pitch * sizeof(float), stream, a);
   }
   if (!large) return;
-  const int64_t samples = a.sigma_stride == 0 ? 1 : a.B;
-  FD_LAUNCH(blur_tables, grid_for(2 * samples), kThreads, 0, stream, a, samples);
+  const int64_t samples = samples_of(a);
+  FD_LAUNCH(blur_tables, grid_for((a.sliding ? 4 : 2) * samples), kThreads, 0, stream, a, samples);
+  if (a.sliding) run_sliding(a, stream);
+  if (a.sliding && !a.several) return;
   FD_LAUNCH(blur_rows<kSlope>, grid_for(tasks_of(a, kBandRows, kBandColumns)), kThreads, 0, stream, a);
   FD_LAUNCH(blur_columns<kSlope>, grid_for(tasks_of(a, kTile, kTile)), kThreads, 0, stream, a);
 }

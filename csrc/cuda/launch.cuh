@@ -69,7 +69,8 @@ inline int multiprocessors(int device) {
 #endif
 }
 
-template <typename... Params, typename... Args>
+// kSm90: the kernel is for sm_90 and later, and may use the shared memory of a block there (227 KB instead of 99).
+template <bool kSm90 = false, typename... Params, typename... Args>
 inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, void* stream,
                    Args&&... args) {
 #ifdef __CUDACC__
@@ -79,7 +80,7 @@ inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 
   check(cudaGetLastError(), name);
 #else
   (void)stream;
-  emu::launch(name, grid, block, smem, [&] { kernel(args...); });
+  emu::launch(name, grid, block, smem, [&] { kernel(args...); }, 1, kSm90);
 #endif
 }
 
@@ -106,9 +107,11 @@ inline void launch_cluster(const char* name, void (*kernel)(Params...), int clus
 }
 
 // FD_LAUNCH((kernel<8, 1>), grid, block, dynamic shared memory bytes, stream, arguments...)
+// FD_LAUNCH_SM90: the same for a kernel of sm_90 and later.
 // FD_LAUNCH_CLUSTER((kernel<8, 1>), blocks of a cluster, grid, ...)
 #ifdef __CUDACC__
 #define FD_LAUNCH(kernel, ...) ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__)
+#define FD_LAUNCH_SM90(kernel, ...) ::fastdiff::cuda::launch<true>(#kernel, &kernel, __VA_ARGS__)
 #define FD_LAUNCH_CLUSTER(kernel, ...) ::fastdiff::cuda::launch_cluster(#kernel, &kernel, __VA_ARGS__)
 #else
 // Tells the emulator the instantiation, which the compiler spells out in the name of this function, and the file.
@@ -118,6 +121,8 @@ inline void announce(const char* file) {
 }
 #define FD_LAUNCH(kernel, ...) \
   (::fastdiff::cuda::announce<&kernel>(__FILE__), ::fastdiff::cuda::launch(#kernel, &kernel, __VA_ARGS__))
+#define FD_LAUNCH_SM90(kernel, ...) \
+  (::fastdiff::cuda::announce<&kernel>(__FILE__), ::fastdiff::cuda::launch<true>(#kernel, &kernel, __VA_ARGS__))
 #define FD_LAUNCH_CLUSTER(kernel, ...) \
   (::fastdiff::cuda::announce<&kernel>(__FILE__), ::fastdiff::cuda::launch_cluster(#kernel, &kernel, __VA_ARGS__))
 #endif

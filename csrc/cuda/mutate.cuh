@@ -80,6 +80,16 @@
   X(kTailTap)          /* the last taps of a support are forgotten */                  \
   X(kRingBarrier)      /* rows of the ring overwritten while they are read */          \
   X(kEdgeHalf)         /* the adjoint of reflect keeps its edges whole */              \
+  X(kSlideSystem)      /* an elimination reads what others have already replaced */    \
+  X(kSlideFold)        /* a window longer than the period is not folded */             \
+  X(kSlideEnds)        /* what replicate repeats is not in the first state */          \
+  X(kSlideStart)       /* a state is summed before all of its parts are there */       \
+  X(kSlideCarry)       /* states are combined before they are there */                 \
+  X(kSlidePower)       /* two segments are carried over as if they were one */         \
+  X(kSlideTurn)        /* the next outputs replace those still to be stored */         \
+  X(kSlideForget)      /* what is not finite is not computed again */                  \
+  X(kSlideSpoiled)     /* a block goes on before all have said what is finite */       \
+  X(kSlideReuse)       /* the next columns overwrite these */                          \
   X(kProfileBarrier)   /* a box blended before its profile is there */                 \
   X(kBoxEnd)           /* a box that ends one column early */                          \
   X(kSkippedBox)       /* boxes that only touch a tile are skipped */                  \

@@ -34,7 +34,9 @@ namespace {
 
 constexpr size_t kStack = 256 << 10;
 constexpr int kWarp = 32;
-constexpr size_t kSharedLimit = 227 << 10;  // of one block on sm_90
+// Shared memory of one block, static and dynamic together: what every architecture gives that kernels without features
+// of sm_90 run on (the least: sm_86 and sm_89), and sm_90.
+constexpr size_t kSharedAnywhere = 99 << 10, kSharedSm90 = 227 << 10;
 
 enum State { kReady, kAtBarrier, kAtClusterBarrier, kAtCollective, kAtCondition, kReturned };
 
@@ -101,6 +103,7 @@ struct Scheduler {
   const void* host_stack = nullptr;
   size_t host_stack_size = 0;
   const std::function<void()>* body = nullptr;
+  size_t shared_limit = kSharedAnywhere;
   std::string kernel;  // launched last
   std::string instantiation;
   bool recording = false;
@@ -139,6 +142,7 @@ struct Scheduler {
       for (int i = 0; i < threads; ++i) f(fibers[first(rank) + i]);
   }
   void* allocate_shared(int rank, const void* tag, size_t bytes);
+  std::string too_much_shared(size_t bytes) const;
   void free_shared();
   void start(Fiber* f);
   void resume(Fiber* f);
@@ -351,6 +355,12 @@ void* Scheduler::allocate_shared(int rank, const void* tag, size_t bytes) {
   return entry.first;
 }
 
+std::string Scheduler::too_much_shared(size_t bytes) const {
+  return "asks for " + std::to_string(bytes) + " bytes of shared memory per block, where " +
+         std::to_string(shared_limit) + " are allowed (" +
+         (shared_limit == kSharedSm90 ? "sm_90" : "sm_86 and sm_89; 232448 for kernels of sm_90") + ")";
+}
+
 void Scheduler::free_shared() {
   for (auto& entry : shared_arrays) free(entry.second.first);
   shared_arrays.clear();
@@ -407,7 +417,7 @@ void* shared(const void* tag, size_t bytes) {
   Scheduler& s = scheduler();
   const int rank = s.running->rank;
   void* p = s.allocate_shared(rank, tag, bytes);
-  if (s.shared_bytes[rank] > kSharedLimit) s.fail("a block uses more shared memory than there is");
+  if (s.shared_bytes[rank] > s.shared_limit) s.fail(s.too_much_shared(s.shared_bytes[rank]));
   return p;
 }
 void* dynamic_shared() {
@@ -622,13 +632,16 @@ void wait_products(int groups_left) {
   }
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, int cluster) {
+void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, int cluster,
+            bool sm90) {
   Scheduler& s = scheduler();
   const std::lock_guard<std::mutex> lock(s.mutex);
   const uint64_t threads = uint64_t{block.x} * block.y * block.z, blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || smem > kSharedLimit || cluster < 1 || cluster > 8 || grid.x % cluster != 0)
+      grid.z > 65535 || cluster < 1 || cluster > 8 || grid.x % cluster != 0)
     throw std::runtime_error(std::string(kernel) + ": invalid configuration argument");
+  s.shared_limit = sm90 || cluster > 1 ? kSharedSm90 : kSharedAnywhere;
+  if (smem > s.shared_limit) throw std::runtime_error(std::string(kernel) + ": " + s.too_much_shared(smem));
   const std::string instantiation = std::move(s.instantiation);
   s.instantiation.clear();
   if (s.recording) {

@@ -57,10 +57,11 @@ def gaussian_blur(
     dimensions or more is copied where its axes between the first and the image do not fall together into one (a
     transposed or cut view of a larger tensor). Tables of taps are kept for later calls, at most 32 MB of them.
 
-    On CUDA every support is computed tap by tap, exactly, and taps beyond the image are folded back onto it; none is
-    made or read by the host, so that a captured graph may be replayed with another sigma in its tensor. One launch and
-    no memory where no radius K // 2 exceeds 16. Where one does, or may, because sigma is a CUDA tensor and kernel_size
-    None: a float32 copy of x (two for the gradient to sigma) and at most 56 max(H, W) bytes per sigma. A support beyond
+    On CUDA the same holds from sigma = 16 on, and below it, or with a `kernel_size`, every support is computed tap by
+    tap, exactly; taps beyond the image are folded back onto it. None is made or read by the host, so that a captured
+    graph may be replayed with another sigma in its tensor. One launch and no memory where no radius K // 2 exceeds 16.
+    Where one does, or may, because sigma is a CUDA tensor and kernel_size None: a float32 copy of x (two for the
+    gradient to sigma) and at most 56 max(H, W) bytes per sigma, 260 max(H, W) where cosines may serve. A support beyond
     131073 that only the device knows of makes its sample NaN instead of an error.
 
     Args:
@@ -291,7 +292,9 @@ def _cuda_arguments(x: torch.Tensor, sigma: Any, rule: Any, copies: int) -> tupl
     if max(ext.fold_reach(K // 2, n, border) for K, n in zip(supports, (H, W), strict=True)) > gp.ONE_LAUNCH:
         samples = x.shape[0] if numbers[2] else 1
         workspace = torch.empty(copies * x.numel(), dtype=torch.float32, device=x.device)
-        sums = torch.empty(samples * 7 * ext.fold_entries(H, W), dtype=torch.float64, device=x.device)
+        sliding = ext.slide_doubles(H, W, ky, kx, numbers[0] != 0, *numbers[3:5])
+        doubles = samples * (7 * ext.fold_entries(H, W) + sliding) + 1
+        sums = torch.empty(doubles, dtype=torch.float64, device=x.device)
     shared = (0, 0, 0, 0, 0 if workspace is None else workspace.data_ptr(), 0, 0)
     return shared, (*numbers, 0 if sums is None else sums.data_ptr()), [there, workspace, sums]
 

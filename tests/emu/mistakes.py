@@ -160,6 +160,20 @@ def _blur(shape: tuple[int, ...], sigma: float, backward: bool = False, grid: in
     return Case("gaussian_blur", lambda: ((_image(*shape), torch.tensor(sigma)), options), backward, grid)
 
 
+def _wide(shape: tuple[int, ...], sigma: float, grid: int = 1000, **options: Any) -> Case:
+    """With a number for sigma: nothing but the sliding path is launched."""
+    return Case("gaussian_blur", lambda: ((_image(*shape), sigma), options), grid=grid)
+
+
+def _spoiled(shape: tuple[int, ...], sigma: float, grid: int = 1000) -> Case:
+    def make() -> Call:
+        x = _image(*shape)
+        x[0, -1, -1] = float("inf")
+        return (x, sigma), {"border": "constant"}
+
+    return Case("gaussian_blur", make, grid=grid)
+
+
 def _blend(shape: tuple[int, ...], boxes: list[list[float]], sigma: float = 1.0, backward: bool = False) -> Case:
     return Case(
         "gaussian_blend",
@@ -180,6 +194,16 @@ GAUSSIAN: dict[str, Case] = {
     "kTailTap": _blur((1, 20, 30), 1.0),
     "kRingBarrier": _blur((1, 90, 30), 30.0, kernel_size=(141, 3), border="constant"),
     "kEdgeHalf": _blur((1, 20, 30), 1.0, backward=True),
+    "kSlideSystem": _wide((1, 64, 64), 16.0),
+    "kSlideFold": _wide((1, 64, 64), 70.0),
+    "kSlideEnds": _wide((1, 64, 64), 16.0, border="replicate"),
+    "kSlideStart": _wide((1, 64, 64), 16.0, grid=1),
+    "kSlideCarry": _wide((1, 64, 64), 16.0),
+    "kSlidePower": _wide((1, 64, 64), 16.0),
+    "kSlideTurn": _wide((1, 264, 64), 16.0),
+    "kSlideForget": _spoiled((1, 64, 64), 16.0),
+    "kSlideSpoiled": _spoiled((1, 64, 64), 16.0),
+    "kSlideReuse": _spoiled((1, 64, 64), 16.0, grid=1),
     "kProfileBarrier": _blend((1, 1, 20, 30), [_BOX, _BOX]),
     "kBoxEnd": _blend((1, 1, 20, 30), [_BOX]),
     "kSkippedBox": _blend((1, 1, 40, 32), [[0.0, 0.0, 1.0, 0.83]], sigma=0.0),  # one row of it in the second tile

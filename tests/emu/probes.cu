@@ -255,6 +255,13 @@ __global__ void shared_overrun(float* data) {
   data[threadIdx.x] = p[threadIdx.x + 1];
 }
 
+// 128 bytes of its own besides what the launch asks for.
+__global__ void static_and_dynamic(float* data) {
+  FD_SHARED(float, own, 32);
+  FD_SHARED_DYNAMIC(float, more);
+  own[threadIdx.x] = more[threadIdx.x] = data[threadIdx.x];
+}
+
 __global__ void deep_stack(float* data) {
   volatile char frame[1024] = {};
   data[threadIdx.x] = static_cast<float>(frame[threadIdx.x % 1024]);
@@ -297,7 +304,12 @@ const Probe kProbes[] = {
     {"deep_stack", deep_stack, 1, 1024, 0},
     {"too_many_threads", deep_stack, 1, 1025, 0},
     {"no_blocks", deep_stack, 0, 32, 0},
-    {"too_much_shared", reverse_in_block, 1, 32, 228 << 10},
+    {"all_shared", reverse_in_block, 1, 32, 99 << 10},
+    {"all_shared_sm90", reverse_in_block, 4, 32, 227 << 10, 4},
+    {"too_much_shared", reverse_in_block, 1, 32, (99 << 10) + 1},
+    {"too_much_shared_sm90", reverse_in_block, 4, 32, (227 << 10) + 1, 4},
+    {"too_much_together", static_and_dynamic, 1, 32, (99 << 10) - 124},
+    {"too_much_together_sm90", static_and_dynamic, 4, 32, (227 << 10) - 124, 4},
 };
 
 }  // namespace
