@@ -419,6 +419,10 @@ def _check(
             reg.fail(op, name, f"a number or a tensor of shape [B] = ({batch},)", tuple(c.shape))
         if c.device != x.device and not (c.dim() == 0 and c.device.type == "cpu"):
             reg.fail(op, name, f"a tensor on {x.device}", c.device)
+        host = c.device != x.device and not reg.learned((c,))
+        if host and not torch.compiler.is_compiling() and not reg.transforms_active():
+            checked.append(float(c))  # nothing is copied, so a graph can be captured
+            continue
         c = c.resolve_neg()
         c = c.to(x.device) if c.dtype in _COEFFICIENT_CODES else c.to(x.device, torch.float32)
         if table:
