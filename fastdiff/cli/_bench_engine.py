@@ -66,7 +66,11 @@ class Case:
 def list_shapes() -> list[dict[str, Any]]:
     """What can be asked for: operators with their shapes and peers."""
     return [
-        {"op": spec.name, "shapes": [*spec.shapes, OVERHEAD], "baselines": [EAGER, COMPILE, *spec.peers]}
+        {
+            "op": spec.name,
+            "shapes": [*spec.shapes, *spec.gpu_shapes, OVERHEAD],
+            "baselines": [EAGER, COMPILE, *spec.peers],
+        }
         for spec in SPECS.values()
     ]
 
@@ -115,7 +119,7 @@ def bench(
     if _native.extension is None:
         raise BenchError(f"nothing to measure: fastdiff runs on its PyTorch reference: {_native.load_error}")
     place = _device(device)
-    cases = _cases(ops, shapes, dtypes, backward)
+    cases = _cases(ops, shapes, dtypes, backward, place.type == "cuda")
     record: dict[str, Any] = {"ok": True, "summary": "", "machine": machine(), "method": METHOD, "device": device}
     rows: list[dict[str, Any]] = []
     left_out = [f"{case.label} (no CUDA kernel yet)" for case in cases if place.type == "cuda" and not case.spec.cuda]
@@ -161,7 +165,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backward: bool) -> list[Case]:
+def _cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backward: bool, gpu: bool) -> list[Case]:
     for name in ops:
         if name not in SPECS:
             raise BenchError(f"--op: expected one of {', '.join(SPECS)}; got {name!r}")
@@ -173,7 +177,8 @@ def _cases(ops: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], bac
     chosen = list(dict.fromkeys(dtypes or DEFAULT_DTYPES))
     for dtype in chosen:  # outermost, so that a run that is cut short has seen every operator
         for spec in specs:
-            found += [Case(spec, name, dtype, backward) for name in spec.shapes if _wanted(name, shapes)]
+            named = [*spec.shapes, *(spec.gpu_shapes if gpu else ())]
+            found += [Case(spec, name, dtype, backward) for name in named if _wanted(name, shapes)]
             if not backward and dtype == chosen[0] and _wanted(OVERHEAD, shapes):
                 found.append(Case(spec, OVERHEAD, dtype, False))
     if not found:
@@ -245,7 +250,7 @@ def _measure(
 def _call(case: Case, device: torch.device) -> Call:
     dtype = DTYPES[case.dtype]
     if case.shape != OVERHEAD:
-        return case.spec.shapes[case.shape](dtype, device)
+        return {**case.spec.shapes, **case.spec.gpu_shapes}[case.shape](dtype, device)
     if case.spec.overhead:
         return case.spec.overhead(dtype, device)
     # Any named shape will do: with every dimension cut to a few, what is left is the price of the call.

@@ -469,12 +469,10 @@ def _serve(
     checked = _check(op, coefficients, terms, rule, step, seed)
     if rule and rule[1] <= 0:
         seed = None
-    learned = reg.learned(checked)
-    if learned and _native.backend == "native":
-        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: {reg.LEARNED}')
+    way = reg.within_limits(op, way, [reg.LEARNED] if reg.learned(checked) else [])
     if out is not None:
         reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
-    if way is reg.REFERENCE or learned:
+    if way is reg.REFERENCE:
         result = reference([_row(c, step) for c in checked], terms, rule, seed)
         return result if out is None else out.copy_(result)
     values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
