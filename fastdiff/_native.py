@@ -91,6 +91,28 @@ def stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index) if device_index >= 0 else 0
 
 
+def stream_on(device: torch.device) -> int:
+    """The same for a device; 0 on the CPU."""
+    if device.type != "cuda":
+        return 0
+    return stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def capturing(device: torch.device) -> bool:
+    """torch's current stream on a CUDA device is being captured into a graph."""
+    if device.type != "cuda":
+        return False
+    if device.index is None or device.index == torch.cuda.current_device():
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def used_here(t: torch.Tensor) -> None:
+    """Tell torch's allocator that its current stream on the device of t reads t, which another stream made."""
+    t.record_stream(torch.cuda.current_stream(t.device))
+
+
 _emulated = False  # the extension is csrc/emu's, and CPU tensors stand for those of a GPU: see `emulate`
 
 

@@ -11,7 +11,18 @@ import torch
 
 import fastdiff
 from fastdiff.cli import _check
-from fastdiff.ops import SPECS, OpSpec, ddim_step
+from fastdiff.ops import (
+    SPECS,
+    OpSpec,
+    _cache,
+    _philox,
+    boxes,
+    ddim_step,
+    gaussian_blend,
+    philox_normal,
+    radial_spectrum,
+    spectrum,
+)
 from fastdiff.ops._registry import map_tensors, tensors_in
 
 pytestmark = pytest.mark.skipif(
@@ -104,3 +115,71 @@ def test_a_sampling_loop_is_one_graph_replayed() -> None:
 
     with fastdiff.use_backend("native"):
         assert torch.equal(loop(replayed=True), loop(replayed=False))
+
+
+def test_a_replay_reads_tables_that_others_have_driven_out() -> None:
+    """A replay gives the bits of the captured call after the caches have given back what they may, and someone else has
+    written on that memory."""
+    x, seed = torch.randn(2, 96, 80, device=DEVICE), torch.tensor([5, 0], device=DEVICE)
+    background, objects = torch.randn(1, 3, 32, 32, device=DEVICE), torch.randn(2, 1, 3, 32, 32, device=DEVICE)
+    regions = [[0.1, 0.2, 0.6, 0.7], [0.3, 0.3, 0.9, 0.8]]
+    calls: list[Callable[[], torch.Tensor]] = [
+        lambda: radial_spectrum(x, normalize=True),
+        lambda: gaussian_blend(background, objects, regions),
+        lambda: philox_normal((2, 1000), seed),
+    ]
+    for call in calls:
+        want = call().clone()
+        replay, (found,) = captured(lambda call=call: [call()])
+        for cache in (spectrum._device_tables, boxes._uploaded, _philox._table):
+            cache.clear()  # type: ignore[attr-defined]
+        scribbled = [torch.full((n,), float("nan"), device=DEVICE) for n in (32, 128, 2048) for _ in range(10_000)]
+        found.zero_()
+        replay()
+        torch.cuda.synchronize()
+        del scribbled
+        assert torch.equal(found, want)
+
+
+def test_a_capture_that_would_have_to_copy_says_so() -> None:
+    x = torch.randn(1, 34, 38, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="once before the capture"), torch.cuda.graph(graph):
+        radial_spectrum(x)
+    torch.cuda.synchronize()
+    seed = torch.tensor([5, 0], device=DEVICE)
+    replay, (found,) = captured(lambda: [philox_normal((2, 1000), seed)])
+    seed.copy_(torch.tensor([6, 1], device=DEVICE))
+    replay()
+    assert torch.equal(found, philox_normal((2, 1000), torch.tensor([6, 1], device=DEVICE)))
+
+
+def test_a_coefficient_on_the_host_is_captured_as_a_number() -> None:
+    x = torch.randn(2, 100, device=DEVICE)
+    level = torch.tensor(0.3, dtype=torch.float64)
+    replay, (found,) = captured(lambda: [ddim_step(x, x, level, 0.6)])
+    x.normal_()
+    replay()
+    assert torch.equal(found, ddim_step(x, x, 0.3, 0.6))
+
+
+def test_a_table_is_not_given_away_while_another_stream_reads_it() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+
+    @_cache.on_device("numbers", lambda t: (t,), budget=64 << 10)
+    def numbers(n: int, device: torch.device) -> torch.Tensor:
+        return torch.full((1024,), float(n), device=device)
+
+    side: Any = torch.cuda.Stream()
+    made = numbers(1, device)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        seen = numbers(1, device).clone()
+    del made
+    for n in range(2, 40):  # drives it out while `side` has not read it yet
+        numbers(n, device)
+    scribbled = [torch.full((1024,), -1.0, device=device) for _ in range(200)]
+    torch.cuda.synchronize()
+    del scribbled
+    assert bool((seen == 1.0).all())

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import fastdiff
 from fastdiff import _native
@@ -150,7 +151,7 @@ def test_both_tables_are_what_their_script_writes() -> None:
     want = torch.tensor(script["table"]())
     header = (ROOT / "csrc/common/normal_table.h").read_text()
     numbers = [int(n) for line in header.splitlines() if line.startswith("{") for n in re.findall(r"-?\d+", line)]
-    shipped = _philox._table("cpu").long()
+    shipped = _philox._table(torch.device("cpu")).long()
     assert torch.equal(torch.tensor(numbers).reshape(512, 4), shipped)
     assert (shipped - want).abs().max() <= 1  # another machine's logarithm
 
@@ -215,3 +216,48 @@ def test_a_bad_shape_is_named(shape: object) -> None:
 
 def test_a_seed_of_numpy() -> None:
     assert torch.equal(philox_normal((2, 5), np.int64(-3)), philox_normal((2, 5), -3))
+
+
+def noisy(x: torch.Tensor, seed: int | torch.Tensor, level: float | torch.Tensor = 0.3) -> torch.Tensor:
+    return ddim_step(x, 0.5 * x, level, 0.6, eta=1.0, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("case", "seed"),
+    [("alone", 7), ("float64", torch.tensor([[7, 0], [8, 1], [9, 2]])), ("learned", torch.tensor([7, 3])),
+     ("reference", torch.tensor([7]))],
+)  # fmt: skip
+def test_compiled_noise_of_the_reference_has_its_bits(case: str, seed: int | torch.Tensor) -> None:
+    """Wherever PyTorch draws: `philox_normal`, types and coefficients that the kernels do not serve."""
+    torch.compiler.reset()
+    x = torch.randn(3, 50, dtype=torch.float64 if case == "float64" else torch.float32)
+    level = torch.tensor(0.3, requires_grad=case == "learned")
+
+    def run(x: torch.Tensor, seed: int | torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return philox_normal(x.shape, seed) if case == "alone" else noisy(x, seed, level)
+
+    with fastdiff.use_backend("reference" if case == "reference" else "auto"):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        got, want = compiled(x, seed, level), run(x, seed, level)
+    assert torch.equal(got, want)
+    if case == "learned":
+        (slope,) = torch.autograd.grad(got.sum(), level)
+        (expected,) = torch.autograd.grad(want.sum(), level)
+        torch.testing.assert_close(slope, expected)
+
+
+def test_noise_without_memory_has_a_shape_and_a_type() -> None:
+    for shape in ((3, 5), (2, 0), (0, 4), ()):
+        for seed in (1, torch.zeros(2, dtype=torch.int64, device="meta")):
+            z = philox_normal(shape, seed, device="meta", dtype=torch.bfloat16)
+            assert (z.shape, z.dtype, z.device.type) == (shape, torch.bfloat16, "meta")
+    with FakeTensorMode():
+        z = philox_normal((3, 5), 1)
+        assert (z.shape, z.dtype, z.device.type) == ((3, 5), torch.float32, "cpu")
+        assert noisy(torch.empty(3, 5, dtype=torch.float64), 1).shape == (3, 5)
+
+
+def test_compiled_noise_of_any_shape_is_compiled_once() -> None:
+    compiled = torch.compile(lambda s, n: philox_normal((2, n), s), fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 8):
+        assert torch.equal(compiled(torch.tensor([3]), n), philox_normal((2, n), 3))

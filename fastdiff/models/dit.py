@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.ops._linear import linear
 
 __all__ = ["DIT_PRESETS", "DiT", "dit"]
 
@@ -118,12 +119,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
-        if x.is_cuda:  # our attention has no CUDA kernel yet
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        else:
-            mixed = ops.attention_qkvpacked(qkv)
-        projected: Tensor = self.proj(mixed.reshape(b, n, d))
+        projected: Tensor = self.proj(ops.attention_qkvpacked(qkv).reshape(b, n, d))
         return projected
 
 
@@ -135,7 +131,12 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(hidden_size, mlp_hidden), nn.Linear(mlp_hidden, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        mapped: Tensor = self.fc2(ops.gelu(self.fc1(x)))
+        fc1 = self.fc1
+        if x.is_cuda and type(fc1) is nn.Linear and not (fc1._forward_hooks or fc1._forward_pre_hooks):
+            hidden = linear(x, fc1.weight, fc1.bias, gelu=True)
+        else:
+            hidden = ops.gelu(fc1(x))
+        mapped: Tensor = self.fc2(hidden)
         return mapped
 
 

@@ -465,7 +465,7 @@ reg.add(
         take=_take,
         large="[8,16,256,72] norm, rope",
         inplace=None,
-        limits=page.limits,
+        limits=page.packed_limits,
         empty=[_empty_packed(0, 3, 2), _empty_packed(2, 0, 2), _empty_packed(2, 3, 0)],
     )
 )  # fmt: skip

@@ -72,6 +72,7 @@ reg.add(
             (boxes, *box_page.check_number("box_mask", sigma, boxes, len(boxes)), *size,
              _native.DTYPES.get(boxes.dtype, 0)),
         ),
+        decisive=lambda boxes, *_, **__: boxes,
         bound=_bound_box,
         grad_bound=_grad_bound_box,
         differentiable=("sigma",),
@@ -239,6 +240,9 @@ reg.add(
         lower=lambda background, objects, regions, *, sigma=2.0: (
             torch.ops.fastdiff.gaussian_blend.default,
             _lower(background, objects, regions, sigma),
+        ),
+        decisive=lambda background, objects, regions, **_: (
+            background, objects, regions if isinstance(regions, torch.Tensor) and regions.dim() == 3 else None
         ),
         bound=_bound_blend,
         grad_bound=_grad_bound_blend,

@@ -87,9 +87,11 @@ class _Chain:
         return _Chain(self.dtype, self.growth, v, m)
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> _Chain:
-        m = F.linear(self.m.square() + self.v.square(), weight.square()).sqrt()
+        # On a GPU float32 weights and biases are rounded to the type of x.
+        rounding = 0.5 * torch.finfo(self.dtype).eps / ((4 + self.growth) * U)
+        m = F.linear(self.m.square() + (1 + rounding**2) * self.v.square(), weight.square()).sqrt()
         v = F.linear(self.v, weight, bias)
-        return self.then(v, m + v.abs() + (0 if bias is None else bias.abs()))
+        return self.then(v, m + v.abs() + (0 if bias is None else (1 + rounding) * bias.abs()))
 
 
 def _normed(dtype: torch.dtype, growth: float, x: Any, shift: Any, scale: Any, norm: str, eps: float) -> _Chain:
@@ -160,6 +162,11 @@ _SIZES = {"[2,16,64]": (2, 16, 64, 4), "[8,256,384]": (8, 256, 384, 6), "[8,256,
           "[1,256,1152]": (1, 256, 1152, 16)}  # fmt: skip
 
 
+def _decisive(x: Any, shift: Any, scale: Any, gate: Any, *_: Any, q_norm: Any = None, k_norm: Any = None,
+              **__: Any) -> Any:  # fmt: skip
+    return x, shift, scale, gate, q_norm, k_norm
+
+
 def _dit(B: int, N: int, D: int, layers: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> list[Any]:
     """x, the modulations as chunks of one tensor, as in DiT, and weights with biases."""
     found = [dense((B, N, D), dtype, device, 1), *dense((B, 6 * D), dtype, device, 2).chunk(6, dim=1)[:3]]
@@ -203,6 +210,18 @@ def _shipped_mlp(x: Any, shift: Any, scale: Any, gate: Any, fc1_weight: Any, fc1
         return x + _rows(gate) * F.linear(h, fc2_weight, fc2_bias)
 
     return run
+
+
+def _compiled(shipped: Callable[..., Callable[[], Any]]) -> Callable[..., Callable[[], Any]]:
+    """The same through `torch.compile`, on a GPU: in the type of the activations, where the reference is float32."""
+
+    def prepare(x: Any, *args: Any, **options: Any) -> Callable[[], Any]:
+        if not x.is_cuda:
+            raise ValueError("timed on GPUs")
+        run: Callable[[], Any] = torch.compile(shipped(x, *args, **options), fullgraph=True, dynamic=False)
+        return run
+
+    return prepare
 
 
 # --------------------------------------------------------------------------------------------------------- bad calls
@@ -258,13 +277,14 @@ reg.add(
         flops=_attention_flops,
         shapes={name: _attention_call(*size) for name, size in _SIZES.items()},
         take=_take,
-        peers={"DiT's code": _shipped_attention},
+        peers={"DiT's code": _shipped_attention, "DiT's code, compiled": _compiled(_shipped_attention)},
         large="[8,256,384]",
         empty=[_attention_call(0, 4, 16, 2), _attention_call(2, 0, 16, 2)],
         overhead=_attention_call(4, 4, 4, 2),
         exact_infinity=False,
         products=True,
-        cuda=False,  # attention and GELU have no CUDA kernels yet
+        limits=block.limits,
+        decisive=_decisive,
         scaling={"tokens N, D = 384": (1.5, {n: _attention_call(1, n, 384, 6) for n in (64, 256, 1024, 4096)})},
     )
 )  # fmt: skip
@@ -285,13 +305,13 @@ reg.add(
         flops=_mlp_flops,
         shapes={name: _mlp_call(*size) for name, size in _SIZES.items()},
         take=_take,
-        peers={"DiT's code": _shipped_mlp},
+        peers={"DiT's code": _shipped_mlp, "DiT's code, compiled": _compiled(_shipped_mlp)},
         large="[8,256,384]",
         empty=[_mlp_call(0, 4, 16, 2), _mlp_call(2, 0, 16, 2)],
         overhead=_mlp_call(4, 4, 4, 2),
         exact_infinity=False,
         products=True,
-        cuda=False,  # attention and GELU have no CUDA kernels yet
+        decisive=_decisive,
         scaling={"tokens N, D = 384": (1.0, {n: _mlp_call(1, n, 384, 6) for n in (64, 256, 1024, 4096)})},
     )
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastdiff.ops import _registry as reg
 from fastdiff.ops._examples import dense, nbytes, randn
-from fastdiff.ops.causal_conv1d import ACTIVATIONS, LAYOUTS, causal_conv1d, causal_conv1d_reference
+from fastdiff.ops.causal_conv1d import ACTIVATIONS, LAYOUTS, causal_conv1d, causal_conv1d_reference, limits
 
 
 def _example(rng: random.Random, dtype: torch.dtype, device: torch.device) -> reg.Call:
@@ -174,6 +174,7 @@ reg.add(
         grad_bound=_grad_bound,
         differentiable=("x", "weight", "bias", "initial_state"),
         growth=lambda x, weight, *_, **__: float(weight.shape[1]),
+        limits=limits,
         bad=_BAD,
         bytes=lambda x, weight, bias=None, *_, **__: 2 * nbytes(x) + nbytes(weight, bias),
         flops=lambda x, weight, *_, **__: (2 * weight.shape[1] + 4) * x.numel(),

@@ -265,6 +265,7 @@ reg.add(
         reference=page.gaussian_blur_reference,
         example=_example,
         lower=_lower,
+        decisive=lambda x, *_, **__: x,
         bound=_bound,
         grad_bound=_grad_bound,
         differentiable=("x", "sigma"),

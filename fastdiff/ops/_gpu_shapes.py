@@ -39,14 +39,18 @@ def _attention(make: Callable[[tuple[int, int, int, int]], Callable[..., reg.Cal
     return {f"[{','.join(map(str, size))}]": make(size) for size in sizes}
 
 
+def _block(make: Callable[[int, int, int, int], Callable[..., reg.Call]]) -> Shapes:
+    return {f"[{B},{N},1152]": make(B, N, 1152, 16) for B, N in ((64, 256), (8, 1024))}
+
+
 SHAPES: dict[str, Shapes] = {
     "adaln_modulate": _adaln(2),
     "gate_residual": _adaln(1),
     "gate_residual_adaln": _adaln(3),
     "attention": _attention(_attention_spec._sized),
     "attention_qkvpacked": _attention(_attention_spec._sized_packed),
-    "adaln_attention": {"[64,256,1152]": _block_spec._attention_call(64, 256, 1152, 16)},
-    "adaln_mlp": {"[64,256,1152]": _block_spec._mlp_call(64, 256, 1152, 16)},
+    "adaln_attention": _block(_block_spec._attention_call),
+    "adaln_mlp": _block(_block_spec._mlp_call),
     "selective_scan": {"[8,1536,4096,16] channels last": _selective_scan_spec._mamba(8, 1536, 4096, 16, "bld", True)},
     # A stage of VMamba-T at 224 x 224
     "selective_scan_multi": {"[16,56x56,192,16]": _selective_scan_spec._cross(16, 56, 192, 16)},

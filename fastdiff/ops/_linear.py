@@ -34,6 +34,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     own 16-bit products run at a fifth of the speed (measured: 63 against 320 GFLOP/s in bfloat16), and rounding the
     result would cost a pass and accuracy. Without gradients it goes to oneDNN, which adds the bias and applies GELU
     while the product is in registers.
+
+    On a GPU the product is cuBLAS's in the type of x, to which the weights are rounded. Without gradients and with a
+    bias, GELU is applied in its epilogue, in float32, before the result is rounded: a pass over [..., out] less.
     """
     kind = _product_type(x, weight)
     x, weight = x.to(kind), weight.to(kind)
@@ -42,14 +45,52 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
         op: Any = torch.ops.mkldnn._linear_pointwise.default
         how: tuple[Any, ...] = ("gelu", [], "tanh") if gelu else ("none", [], "")
         return op(_plain(x), _plain(weight), None if bias is None else _plain(bias), *how)  # type: ignore[no-any-return]
+    if gelu and bias is not None and _epilogue(x, weight, bias):
+        y = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+        return y.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(x, weight, bias)
     return activate(y) if gelu else y
 
 
 def _product_type(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    if x.is_cpu and x.dtype in (torch.float16, torch.bfloat16) and not _UNITS[x.dtype]:
+    if not x.is_cpu or _native._emulated or x.dtype is torch.float64:
+        return x.dtype
+    if weight.dtype is torch.float64 or (x.dtype is not torch.float32 and not _UNITS[x.dtype]):
         return torch.float32
-    return torch.promote_types(x.dtype, weight.dtype) if x.is_cpu else x.dtype
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def _epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """The product on a GPU may apply GELU as it stores."""
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and x.numel() > 0
+        and weight.numel() > 0
+        and _native.backend != "reference"
+        and not torch.is_autocast_enabled("cuda")
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
+        and not reg.transforms_active()
+        and _is_tanh(x.device)
+    )
+
+
+_TANH: dict[torch.device, bool] = {}
+
+
+def _is_tanh(device: torch.device) -> bool:
+    """The epilogue there is the tanh form of GELU, which torch does not promise: asked once, with products that are
+    exact, so that only the other form (4.7e-4 away) can be that far off."""
+    if torch.compiler.is_compiling():
+        return True  # torch's own decomposition of the operator (tests/test_models.py)
+    if device not in _TANH:
+        if _native.capturing(device):
+            return False
+        x = (torch.arange(-32, 32, device=device) / 8).expand(64, 64).contiguous()
+        eye, zeros = torch.eye(64, device=device), torch.zeros(64, device=device)
+        error = torch._addmm_activation(zeros, x, eye, use_gelu=True) - F.gelu(x, approximate="tanh")
+        _TANH[device] = bool(error.abs().max() < 1e-4)
+    return _TANH[device]
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

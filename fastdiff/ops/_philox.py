@@ -120,10 +120,21 @@ def philox(counter: Sequence[torch.Tensor], k0: torch.Tensor, k1: torch.Tensor) 
 
 def normal(word: torch.Tensor) -> torch.Tensor:
     """float32 standard normals of random words: int64, values below 2^32."""
+    if (
+        torch.compiler.is_compiling()
+        or type(word) is not torch.Tensor
+        or word.is_meta
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return _normal_op(word)  # type: ignore[no-any-return]  # the table is no part of what is traced
+    return _normal(word)
+
+
+def _normal(word: torch.Tensor) -> torch.Tensor:
     v = (word << 1 & _WORD) | 1
     octave = 31 - ((v.double().view(torch.int64) >> 52) - 1023)  # leading zeros, from the exponent
     m = v << octave + 1 & _WORD
-    rows = _table(str(word.device))[octave * 16 + (m >> 28)]
+    rows = _table(word.device)[octave * 16 + (m >> 28)]
     t = (m << 4 & _WORD) - (1 << 31)
     z = rows[..., 3].long()
     for i in (2, 1, 0):
@@ -135,7 +146,16 @@ def _high(word: torch.Tensor) -> torch.Tensor:
     return word >> 32 & _WORD
 
 
-@_cache.bounded(lambda table: table.numel() * 4)
-def _table(device: str) -> torch.Tensor:
+@_cache.on_device("the table of normal quantiles", lambda table: (table,))
+def _table(device: torch.device) -> torch.Tensor:
     rows = torch.frombuffer(bytearray(base64.b85decode(ROWS)), dtype=torch.int32)
     return rows.reshape(512, 4).to(device)
+
+
+# PyTorch's own operators are all it is made of, so it needs no native extension and serves any device.
+reg.library.define("philox_words_to_normal(Tensor word) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+reg.library.impl("philox_words_to_normal", _normal, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastdiff::philox_words_to_normal", lambda word: torch.empty_like(word, dtype=torch.float32), lib=reg.library
+)
+_normal_op = torch.ops.fastdiff.philox_words_to_normal.default

@@ -71,8 +71,10 @@ class OpSpec:
             `shapes` with every dimension cut to a few.
         products: it contains matrix products of torch's libraries, whose bits may differ with the batch and the number
             of threads.
-        limits: ``limits(*lowered)``: why the kernels of the operands' device cannot serve a call, besides what holds
-            for every operator; None: there is nothing of the kind.
+        limits: ``limits(*lowered)``, or of the call itself where `lower` is None: why the kernels of the operands'
+            device cannot serve a call, besides what holds for every operator; None: there is nothing of the kind.
+        decisive: ``decisive(*args, **kwargs)``: whatever tensors must be of a type and on a device that the kernels
+            serve; None: all that `lower` hands to the kernel.
         scaling: what the time is measured against: ``axis -> (expected exponent, {value: make(dtype, device)})``.
     """
 
@@ -100,6 +102,7 @@ class OpSpec:
     overhead: Callable[[torch.dtype, torch.device], Call] | None = None
     products: bool = False
     limits: Callable[..., list[str]] | None = None
+    decisive: Callable[..., Any] | None = None
     scaling: dict[str, tuple[float, dict[int, Callable[[torch.dtype, torch.device], Call]]]] = field(
         default_factory=dict
     )
@@ -269,6 +272,20 @@ def _fallback(op: str, tensors: Tensors, cuda: bool = True) -> str:
     return REFERENCE
 
 
+def within_limits(op: str, way: str, why: Sequence[str]) -> str:
+    """The route of a call that the kernels cannot serve for the reasons `why`, or `way` where there are none. What is
+    said here, `OpSpec.limits` must say too: it is how `explain` knows.
+
+    Raises:
+        RuntimeError: there are reasons, and ``use_backend("native")`` is in force.
+    """
+    if way is REFERENCE or not why:
+        return way
+    if _native.backend == "native":
+        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: ' + "; ".join(why))
+    return REFERENCE
+
+
 LEARNED = "a coefficient requires a gradient: the reference is its derivative"
 
 
@@ -285,17 +302,22 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> list[str]:
     """
     if op_name not in SPECS:
         raise ValueError(f"explain: op_name: expected one of {sorted(SPECS)}, got {op_name!r}")
-    lower = SPECS[op_name].lower
-    lowered: tuple[Any, ...] = lower(*args, **kwargs)[1] if lower else (*args, *kwargs.values())
+    spec = SPECS[op_name]
+    lowered: tuple[Any, ...] = spec.lower(*args, **kwargs)[1] if spec.lower else args
     # An update's first argument are its terms; its per-sample coefficients may be of more types.
-    operands = tensors_in(lowered[0] if isinstance(lowered[0], list) else lowered)
-    found = _native.reasons([t for t in operands if t.is_floating_point()], cuda=SPECS[op_name].cuda)
-    found += (SPECS[op_name].limits or (lambda *_: []))(*lowered)
+    operands = spec.decisive(*args, **kwargs) if spec.decisive else lowered[0] if _is_update(lowered) else lowered
+    found = _native.reasons([t for t in tensors_in(operands) if t.is_floating_point()], cuda=spec.cuda)
+    if spec.limits:
+        found += spec.limits(*lowered) if spec.lower else spec.limits(*args, **kwargs)
     if transforms_active():
         found.append("a forward-mode derivative or functorch transform is active: the reference is its derivative")
-    if isinstance(lowered[0], list) and learned(tensors_in(lowered[1:])):
+    if _is_update(lowered) and learned(tensors_in(lowered[1:])):
         found.append(LEARNED)
     return found
+
+
+def _is_update(lowered: tuple[Any, ...]) -> bool:
+    return isinstance(lowered[0], list)
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:

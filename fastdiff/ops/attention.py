@@ -75,7 +75,7 @@ def attention(
     op = "attention"
     way = reg.route(op, (q, k, v))
     scale = _check(op, q, k, v, scale, layout)
-    way = _within_limits(op, way, q)
+    way = reg.within_limits(op, way, limits(q))
     if way is reg.REFERENCE:
         return attention_reference(q, k, v, scale=scale, layout=layout)
     if way is reg.GRAD:
@@ -124,11 +124,7 @@ def attention_qkvpacked(
     way = reg.route(op, (qkv,), (q_norm, k_norm))
     scale, eps = _check_packed(op, qkv, scale, q_norm, k_norm, eps, rope)
     interleaved = bool(rope_interleaved)
-    way = _within_limits(op, way, qkv)
-    if rope is not None and reg.learned(rope):
-        if _native.backend == "native":
-            raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: a rope table requires a gradient')
-        way = reg.REFERENCE
+    way = reg.within_limits(op, way, packed_limits(qkv, None, None, *(rope or ())))
     if way is reg.REFERENCE:
         return attention_qkvpacked_reference(
             qkv, scale=scale, q_norm=q_norm, k_norm=k_norm, eps=eps, rope=rope, rope_interleaved=interleaved
@@ -231,12 +227,12 @@ def limits(x: torch.Tensor, *_: Any) -> list[str]:
     return [f"a head dim of {d} is served by the reference only on CUDA (native: up to {most})"] if d > most else []
 
 
-def _within_limits(op: str, way: str, x: torch.Tensor) -> str:
-    if way is reg.REFERENCE or not (why := limits(x)):
-        return way
-    if _native.backend == "native":
-        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: ' + "; ".join(why))
-    return reg.REFERENCE
+def packed_limits(qkv: torch.Tensor, q_norm: object, k_norm: object, *rope: Any) -> list[str]:
+    """The same for `attention_qkvpacked`, whose tables come after the norms."""
+    found = limits(qkv)
+    if reg.learned(rope[:2]):
+        found = [*found, "a rope table requires a gradient: the reference is its derivative"]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- references

@@ -50,7 +50,8 @@ def gaussian_blend(
     Memory beyond the result: for boxes 4 (H + W + 8) bytes each; for masks their blurred copy in float32. The backward
     pass: 3 K + 2 kilobytes per thread, and a float32 mask per object where its gradient or that to sigma is wanted.
     On CUDA, for boxes also 32 max(H, W) bytes each and nothing per thread; what `box_mask` says of CUDA tensors holds
-    for boxes and sigma. Boxes in sequences are uploaded once and kept: make the first call outside a graph's capture.
+    for boxes and sigma. Boxes in sequences are uploaded once and kept, those that a captured graph
+    reads for the life of the process: make the first call outside the capture.
 
     Args:
         background: [B, C, H, W].

@@ -9,7 +9,9 @@ those may round differently for another batch size or number of threads, everyth
 
 Shapes: x [B, N, D]; shift, scale, gate as in `adaln_modulate`; weights as in `torch.nn.Linear`, [out, in]. dtypes
 float32, float16, bfloat16; parameters may be float32 beside 16-bit activations. On CPUs without 16-bit arithmetic the
-products and what lies between them are float32, so more exact than the 16-bit code they replace.
+products and what lies between them are float32, so more exact than the 16-bit code they replace. On a GPU products take
+weights rounded to the type of x, and the first layer of the MLP applies GELU in the product's own epilogue where no
+gradient is wanted.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from fastdiff.ops import _registry as reg
 from fastdiff.ops import adaln
 from fastdiff.ops._linear import linear
 from fastdiff.ops.adaln import adaln_modulate, adaln_modulate_reference, gate_residual, gate_residual_reference
-from fastdiff.ops.attention import _check_prologue, attention_qkvpacked, attention_qkvpacked_reference
+from fastdiff.ops.attention import (
+    _check_prologue,
+    attention_qkvpacked,
+    attention_qkvpacked_reference,
+    packed_limits,
+)
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -139,6 +146,11 @@ def adaln_mlp(
     y = adaln_modulate(x, shift, scale, norm=norm, eps=eps)
     branch = linear(linear(y, fc1_weight, fc1_bias, gelu=True), fc2_weight, fc2_bias)
     return gate_residual(x, branch, gate, out=out)
+
+
+def limits(x: torch.Tensor, *args: Any, rope: Rope | None = None, **_: Any) -> list[str]:
+    """Why the kernels of x's device cannot serve the attention of `adaln_attention`; empty if they can."""
+    return packed_limits(x.unflatten(-1, (args[7], -1)), None, None, *(rope or ()))
 
 
 # ------------------------------------------------------------------------------------------------------- references

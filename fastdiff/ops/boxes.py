@@ -15,7 +15,7 @@ import torch
 from fastdiff import _native
 from fastdiff.ops import _gaussian_plan as gp
 from fastdiff.ops import _registry as reg
-from fastdiff.ops._cache import bounded
+from fastdiff.ops._cache import on_device
 from fastdiff.ops.gaussian import brief, check_sigma, gaussian_blur_reference, integer
 
 _OP = "box_mask"
@@ -175,9 +175,9 @@ def operands(
     return arguments, gp.NO_SIGMA, [corners, radius, prefix]
 
 
-@bounded(lambda corners: 16 * corners.numel())  # with the key
+@on_device("boxes in host memory", lambda corners: (corners,), lambda corners: 16 * corners.numel())  # with the key
 def _uploaded(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Corners from the host on a GPU, kept: their first use must not fall into the capture of a graph."""
+    """Corners from the host on a GPU."""
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 

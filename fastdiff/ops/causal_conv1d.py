@@ -71,11 +71,7 @@ def causal_conv1d(
     """
     way = reg.route(_OP, (x, weight), (bias, initial_state))
     _check(x, weight, bias, activation, initial_state, layout, return_final_state)
-    why = too_wide(x, weight)
-    if why and way is not reg.REFERENCE:
-        if _native.backend == "native":
-            raise RuntimeError(f'{_OP}: use_backend("native") cannot serve this call: {why}')
-        way = reg.REFERENCE
+    way = reg.within_limits(_OP, way, limits(x, weight))
     if way is reg.REFERENCE:
         return causal_conv1d_reference(
             x, weight, bias, activation, initial_state=initial_state, layout=layout,
@@ -91,11 +87,11 @@ def causal_conv1d(
     return (out, _final_state(x, weight, initial_state, channels_last)) if return_final_state else out
 
 
-def too_wide(x: torch.Tensor, weight: torch.Tensor) -> str:
+def limits(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> list[str]:
     """Why the kernels of x's device cannot take this many taps; empty if they can."""
     if weight.shape[1] <= MAX_TAPS_CUDA or not (x.is_cuda or _native._emulated):
-        return ""
-    return f"K = {weight.shape[1]} taps (native on CUDA: up to {MAX_TAPS_CUDA}) are served by the reference only"
+        return []
+    return [f"K = {weight.shape[1]} taps (native on CUDA: up to {MAX_TAPS_CUDA}) are served by the reference only"]
 
 
 def _final_state(
@@ -213,7 +209,7 @@ def _inner(
         reg.fail(_OP, "x, weight", "three dimensions and [D, K] with K >= 1", (tuple(x.shape), tuple(weight.shape)))
     B, D, _ = _rows(x, channels_last).shape
     K = weight.shape[1]
-    if too_wide(x, weight):
+    if limits(x, weight):
         reg.fail(_OP, "weight", f"up to {MAX_TAPS_CUDA} taps on CUDA", K)
     for name, t, shape in (("weight", weight, (D, K)), ("bias", bias, (D,)), ("initial_state", state, (B, D, K - 1)),
                            ("grad", grad, tuple(x.shape))):  # fmt: skip

@@ -498,23 +498,19 @@ def _check_resets(op: str, resets: Any, u: torch.Tensor, batch: int, L: int) -> 
 # -------------------------------------------------------------------------------------------------- native functions
 
 
-def too_long(A: torch.Tensor) -> str:
+def limits(A: torch.Tensor) -> list[str]:
     """Why the native kernels cannot hold these states (A canonical); empty if they can."""
     states = A[0, 0].numel() if A.dim() and A.shape[0] and A.shape[1] else A.shape[2] * (2 if A.dim() == 4 else 1)
     on_cuda = A.is_cuda or _native._emulated
     most = MAX_STATES_CUDA if on_cuda else MAX_STATES
     if states <= most:
-        return ""
+        return []
     where = " on CUDA" if on_cuda else ""
-    return f"{states} floats of state per channel (native{where}: up to {most}) are served by the reference only"
+    return [f"{states} floats of state per channel (native{where}: up to {most}) are served by the reference only"]
 
 
 def _serve(op: str, way: str, call: tuple[Any, ...], softplus: bool, reverse: bool, first: bool) -> Any:
-    why = too_long(call[2])
-    if why and way is not reg.REFERENCE:
-        if _native.backend == "native":
-            raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: {why}')
-        way = reg.REFERENCE
+    way = reg.within_limits(op, way, limits(call[2]))
     if way is reg.REFERENCE:
         return _reference(*call, softplus, reverse)
     if way is reg.GRAD:
@@ -601,7 +597,7 @@ def _inner(u, delta, A, B, C, D, z, delta_bias, initial, orders, resets):  # typ
     """The operands in the order of struct Scan, and the tables as the kernel reads them. Checks what would crash it:
     the operator can be called without the public function, and a traced order has not been looked at yet."""
     op = "selective_scan"
-    if u.dim() != 3 or A.dim() not in (3, 4) or too_long(A):
+    if u.dim() != 3 or A.dim() not in (3, 4) or limits(A):
         reg.fail(op, "u, A", "[B, L, D] and [K, D, N (, 2)] within the kernels' limits", (u.shape, A.shape))
     (batch, L, channels), (K, _, N), parts = u.shape, A.shape[:3], tuple(A.shape[3:])
     constant = (K, channels, N, *parts)

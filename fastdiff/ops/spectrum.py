@@ -20,7 +20,8 @@ some 8 million pixels a call of `radial_spectrum` makes its ring table anew.
 On a GPU the workspace is the half spectra of the images that go through together (24 MB, one image at least), or none
 where one block does an image in one launch; for rings R W / 8 floats per image more; and for sides that do not fit into
 shared memory (some 12 000 numbers, or Bluestein's length of 6 000) 128 blocks' arrays. Tables of a new size are copied
-to the device by its first call, which therefore cannot be captured in a CUDA graph; later ones can.
+to the device by its first call, which therefore cannot be captured in a CUDA graph; later ones can. Tables that a
+captured graph reads are kept for the life of the process.
 
 A NaN or an infinity anywhere reaches every frequency of its image, but which of the two a frequency becomes is not
 defined: inf - inf is NaN, and it depends on the order of the transform's additions where infinities meet.
@@ -40,7 +41,7 @@ import torch
 
 from fastdiff import _native
 from fastdiff.ops import _registry as reg
-from fastdiff.ops._cache import bounded
+from fastdiff.ops._cache import bounded, on_device
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _LANES = 16  # transforms at a time, and the padding that follows; csrc/cpu/fft.h
@@ -359,10 +360,13 @@ _SMALL = 80 * 80  # pixels
 _MANY = 64  # images
 
 
-@bounded(lambda t: sum(a.itemsize * len(a) if isinstance(a, array) else a.nbytes for a in t.alive))
+@on_device(
+    "the tables of a spectrum of this size",
+    lambda t: [a for a in t.alive if isinstance(a, torch.Tensor)],
+    lambda t: sum(a.itemsize * len(a) if isinstance(a, array) else a.nbytes for a in t.alive),
+)
 def _device_tables(H: int, W: int, radial: bool, device: torch.device) -> _DeviceTables:
-    """The plans, and their tables on a device; the copy waits for the device, so the first call with a new size cannot
-    be captured in a CUDA graph."""
+    """The plans, and their tables on a device."""
     alive: list[Any] = []
     plans, positions = [], []
     for n in (W, H):

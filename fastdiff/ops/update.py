@@ -419,6 +419,10 @@ def _check(
             reg.fail(op, name, f"a number or a tensor of shape [B] = ({batch},)", tuple(c.shape))
         if c.device != x.device and not (c.dim() == 0 and c.device.type == "cpu"):
             reg.fail(op, name, f"a tensor on {x.device}", c.device)
+        host = c.device != x.device and not reg.learned((c,))
+        if host and not torch.compiler.is_compiling() and not reg.transforms_active():
+            checked.append(float(c))  # nothing is copied, so a graph can be captured
+            continue
         c = c.resolve_neg()
         c = c.to(x.device) if c.dtype in _COEFFICIENT_CODES else c.to(x.device, torch.float32)
         if table:
@@ -465,12 +469,10 @@ def _serve(
     checked = _check(op, coefficients, terms, rule, step, seed)
     if rule and rule[1] <= 0:
         seed = None
-    learned = reg.learned(checked)
-    if learned and _native.backend == "native":
-        raise RuntimeError(f'{op}: use_backend("native") cannot serve this call: {reg.LEARNED}')
+    way = reg.within_limits(op, way, [reg.LEARNED] if reg.learned(checked) else [])
     if out is not None:
         reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
-    if way is reg.REFERENCE or learned:
+    if way is reg.REFERENCE:
         result = reference([_row(c, step) for c in checked], terms, rule, seed)
         return result if out is None else out.copy_(result)
     values = [0.0 if isinstance(c, torch.Tensor) else c for c in checked]
