@@ -27,7 +27,6 @@ from benchmarks.ptxas_report import Kernel
 PAGE = ptxas_report.ROOT / "benchmarks" / "results" / "kernels-without-gpu.md"
 DTYPES = (torch.bfloat16, torch.float32)
 H200 = "90a"
-SM90 = "FASTDIFF_SM90=1"
 INTRODUCTION = """# Kernels, as far as they are known without a GPU
 
 Written by `python -m benchmarks.kernel_report`; nothing here was measured on a GPU. Launches are those that the
@@ -36,13 +35,14 @@ shared memory are ptxas's, residence follows from them for an H200: 65536 regist
 multiprocessor. The floor is the largest of bytes / 4.3 TB/s (a copy), operations / 790 TFLOP/s (products of 16-bit
 types) or 60 TFLOP/s (other float32), and exponentials / 3.7 T/s. Bytes of a forward pass: inputs and outputs once. Of a
 backward pass: what the forward pass keeps, the gradients that come and those that go, once; operations 2.5 times those
-of the forward pass for attention, else twice.
+of the forward pass for attention, else twice. Lines "on sm_90a": where kernels for that architecture alone are in use
+(FASTDIFF_SM90=1 for attention).
 """
 
 
 @dataclass(frozen=True)
 class Found:
-    """The kernels of one pass of one call; `variant` names the setting that they need, if any."""
+    """The kernels of one pass of one call; `variant`: they are for this architecture alone."""
 
     call: Traced
     variant: str = ""
@@ -64,7 +64,9 @@ def collect(emu: Any, ops: Sequence[str], shapes: Sequence[str] = ()) -> list[Fo
                 plain = _launches.trace(emu, name, shape, dtype)
                 found += [Found(call) for call in plain]
                 hopper = _launches.trace(emu, name, shape, dtype, hopper=True)
-                found += [Found(b, SM90) for a, b in zip(plain, hopper, strict=True) if a.launches != b.launches]
+                found += [
+                    Found(b, f"on sm_{H200}") for a, b in zip(plain, hopper, strict=True) if a.launches != b.launches
+                ]
     return found
 
 
@@ -118,12 +120,15 @@ def kernel_table(kernels: Sequence[Kernel], archs: Sequence[str]) -> str:
 
 
 def target_rows(found: Iterable[Found]) -> list[dict[str, Any]]:
-    """What targets.py can tell from launches alone."""
-    return [
-        {"op": f.call.op, "shape": f.call.shape, "dtype": f.call.dtype, "mode": f.call.mode,
-         "launches": sum(1 for _ in f.call.launches), "ratios": {}}
-        for f in found if not f.variant
-    ]  # fmt: skip
+    """What targets.py can tell from launches alone: those on an H200."""
+    rows = {}
+    for f in found:  # a variant comes after what it replaces
+        call = f.call
+        rows[call.op, call.shape, call.dtype, call.mode] = {
+            "op": call.op, "shape": call.shape, "dtype": call.dtype, "mode": call.mode,
+            "launches": len(call.launches), "ratios": {},
+        }  # fmt: skip
+    return list(rows.values())
 
 
 def _find(launch: Any, kernels: Sequence[Kernel]) -> Kernel | None:

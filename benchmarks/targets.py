@@ -140,11 +140,11 @@ TARGETS = (
     Target("blend: 5 × the chain of blurred masks", ("gaussian_blend",), (), _against("conv chain"), "×", 5.0),
     Target("blur: 5 × kornia", ("gaussian_blur",), (), _against("kornia"), "×", 5.0, ""),
     Target(
-        "spectra: one launch up to 512 x 512", SPECTRA, _WHOLE, _launches, "launches", 1, at_most=True,
+        "spectra: one launch up to 512 x 512", SPECTRA, _WHOLE, _launches, "launch(es)", 1, at_most=True,
     ),
     Target("spectra: 3 × the torch.fft pipeline", SPECTRA, _WHOLE, _against("eager"), "×", 3.0, ""),
     Target("updates: at least 90 % of copy when large", UPDATES, ("(16,16,256,256)",), _copy, "of copy", 0.9, ""),
-    Target("updates: one launch", UPDATES, _LATENTS, _launches, "launches", 1, at_most=True),
+    Target("updates: one launch", UPDATES, _LATENTS, _launches, "launch(es)", 1, at_most=True),
     Target(
         "updates: inside a CUDA graph, without a read by the host", UPDATES, ("(1,4,64,64)",), _graph, "µs", 1e9,
         at_most=True,
