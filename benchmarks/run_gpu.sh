@@ -127,11 +127,14 @@ fi
 step info 40 "$python" -m benchmarks info
 step verify 70 "$python" -m benchmarks verify --device $device --draws 24
 attention=(--op attention --op attention_qkvpacked)
+spectrum=(--op spectral_features --op radial_spectrum)
 if [ -n "$dry" ]; then
   skip verify-sm90 "dry run"
-else # attention on wgmma is used only where asked for; on another GPU this verifies the usual kernels once more
+  skip verify-sm90-spectrum "dry run"
+else # attention on wgmma and images by clusters only where asked for; on another GPU: the usual kernels once more
   step verify-sm90 30 env FASTDIFF_SM90=1 "$python" -m benchmarks verify --device $device "${attention[@]}" \
     --dtype float16 --dtype bfloat16
+  step verify-sm90-spectrum 20 env FASTDIFF_SM90=1 "$python" -m benchmarks verify --device $device "${spectrum[@]}"
 fi
 
 if [ ! -f tests/test_ops.py ]; then
@@ -191,9 +194,12 @@ step dit 70 "$python" -m benchmarks.dit_throughput --device $device --budget 55 
 records+=("$base-dit.json")
 if [ -n "$dry" ]; then
   skip bench-sm90 "dry run"
+  skip bench-sm90-spectrum "dry run"
 else
   FASTDIFF_SM90=1 speed bench-sm90 40 "$base-sm90" --dtype bfloat16 "${attention[@]}" --no-compile
-  unset "records[-1]" # the targets are about what is used unasked
+  FASTDIFF_SM90=1 speed bench-sm90-spectrum 40 "$base-sm90-spectrum" --dtype float32 "${spectrum[@]}" --no-compile \
+    --shape 256,256 --shape 512,512
+  unset "records[-1]" "records[-1]" # the targets are about what is used unasked
   speed bench-tables 40 "$base-tables" --dtype bfloat16 --backward "${adaln[@]}" --shape "per token"
 fi
 speed bench-backward 60 "$base-backward" --dtype bfloat16 --dtype float32 --backward --no-compile "${quick[@]}"
@@ -204,7 +210,7 @@ step targets 20 "$python" -m benchmarks.targets "${records[@]}" --markdown "$wor
   echo "# fastdiff on $device, $(date -u +%Y-%m-%d)"
   echo
   printf '%s\n' "${steps[@]}"
-  for page in targets dit graph bench-targets bench-adaln bench-sm90 bench-tables bench bench-backward; do
+  for page in targets dit graph bench-targets bench-adaln bench-sm90 bench-sm90-spectrum bench-tables bench bench-backward; do
     [ -f "$work/$page.md" ] && echo && sed 's/^# /## /' "$work/$page.md"
   done
 } >"$base.md"

@@ -492,18 +492,22 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   kernel(m, "spectrum", &cpu::spectrum, FD_CUDA(spectrum), &S::B, &S::C, &S::H, &S::W, &S::R, &S::half_size,
          &S::scratch_size, &S::threads, &S::keep, &S::log, &S::shift, &S::normalize, &S::images, &S::out, &S::plan_w,
          &S::table_w, &S::plan_h, &S::table_h, &S::bins, &S::ring_size, &S::half, &S::scratch, &S::partial, &S::profile,
-         &S::pos_w, &S::pos_h, &S::wave);
+         &S::pos_w, &S::pos_h, &S::wave, &S::ranks);
   using SB = SpectrumBackward;
   kernel(m, "spectrum_backward", &cpu::spectrum_backward, FD_CUDA(spectrum_backward), &SB::B, &SB::C, &SB::H, &SB::W,
          &SB::R, &SB::half_size, &SB::scratch_size, &SB::threads, &SB::log, &SB::shift, &SB::normalize, &SB::grad,
          &SB::dimages, &SB::plan_w, &SB::table_w, &SB::plan_h, &SB::table_h, &SB::bins, &SB::ring_size, &SB::half,
-         &SB::profile, &SB::work, &SB::scratch, &SB::pos_w, &SB::pos_h, &SB::wave, &SB::ring_grad);
+         &SB::profile, &SB::work, &SB::scratch, &SB::pos_w, &SB::pos_h, &SB::wave, &SB::ranks, &SB::ring_grad);
   m.attr("ring_rows") = kRingRows;
-  // Addresses of the two plans -> (parts of a ring, floats of scratch per block, blocks, whether one launch can do it).
+  // Addresses of the two plans -> (parts of a ring, floats of scratch per block, blocks, whether one block can do an
+  // image, blocks of the cluster that can).
   m.def("spectrum_layout", [](uintptr_t plan_w, uintptr_t plan_h) {
     const SpectrumLayout l(reinterpret_cast<const int32_t*>(plan_w), reinterpret_cast<const int32_t*>(plan_h));
-    return py::make_tuple(l.ring_parts(), l.scratch(), SpectrumLayout::kBlocks, l.fused);
+    return py::make_tuple(l.ring_parts(), l.scratch(), SpectrumLayout::kBlocks, l.fused, l.cluster());
   });
+#ifdef FASTDIFF_CUDA
+  m.def("spectrum_clusters", &cuda::spectrum_clusters);
+#endif
 
   m.def("connect", &connect);
   m.def("fast_adaln", &fast_adaln);

@@ -457,7 +457,10 @@ struct Spectrum {
   // order (cuda/spectrum.cuh), has room for `wave` images where it is not kept; scratch [128, scratch_size] and
   // partial [B, ring parts, R] as spectrum_layout says.
   const int32_t *pos_w = nullptr, *pos_h = nullptr;  // the positions of the plans
-  int64_t wave = 0;  // images that are transformed together; 0: one launch, where spectrum_layout allows
+  int64_t wave = 0;                                  // images that are transformed together in two launches
+  // Or blocks that do an image, in one launch: 1 where spectrum_layout allows, 2, 4 or 8 where spectrum_clusters does
+  // and SpectrumCluster fits; 0: two launches.
+  int32_t ranks = 0;
 };
 
 // Rows of frequencies are summed into rings in chunks of so many, then the chunks in order.
@@ -484,6 +487,7 @@ struct SpectrumBackward {
   // CUDA: as in Spectrum; work [wave, half_size]
   const int32_t *pos_w = nullptr, *pos_h = nullptr;
   int64_t wave = 0;
+  int32_t ranks = 0;
   float* ring_grad = nullptr;  // workspace [B, R], rings only
 };
 
@@ -571,6 +575,7 @@ void gaussian_blend_backward(const GaussianBlendBackward& a, int device, void* s
 // spectrum
 void spectrum(const Spectrum& a, int device, void* stream);
 void spectrum_backward(const SpectrumBackward& a, int device, void* stream);
+bool spectrum_clusters(int device);  // whether clusters of blocks may do an image: asked for, and possible there
 }  // namespace cuda
 #endif
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from emu.harness import Emulator
 
 import fastdiff
-from fastdiff.ops import radial_spectrum, spectral_features, spectrum
+from fastdiff.cli import _check
+from fastdiff.ops import SPECS, radial_spectrum, spectral_features, spectrum
 
 CALLS = [(spectral_features, spectrum.spectral_features_reference, {"shift": s}) for s in (False, True)]
 CALLS += [(radial_spectrum, spectrum.radial_spectrum_reference, {"normalize": s}) for s in (False, True)]
@@ -25,8 +27,14 @@ def emu(built: Emulator) -> Iterator[Emulator]:
 
 def launches(monkeypatch: pytest.MonkeyPatch, one: bool) -> None:
     """Whole images by one block each, where they fit; or rows and columns by many."""
-    monkeypatch.setattr(spectrum, "_SMALL", 1 << 60 if one else 0)
+    monkeypatch.setattr(spectrum, "_TINY", 1 << 60 if one else 0)
+    monkeypatch.setattr(spectrum, "_SMALL", 0)
     monkeypatch.setattr(spectrum, "_MANY", 1 << 60)
+
+
+def clusters(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Each image by a cluster of so many blocks."""
+    monkeypatch.setattr(spectrum._DeviceTables, "together", lambda self, *_: (0, ranks))
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -103,6 +111,66 @@ def test_one_launch_and_two_to_the_same_bits(
         assert torch.equal(a, b)
 
 
+# Columns that blocks divide evenly (48 = 2 x 24), unevenly, and fewer than there are blocks; pairs of rows likewise, in
+# one group each and in several; radices that work in place, direct sums and Bluestein's method.
+CLUSTERED = [(2, 32, 96), (2, 45, 50), (4, 52, 64), (4, 7, 9), (8, 36, 129), (8, 33, 24), (4, 67, 22), (2, 70, 14)]
+
+
+@pytest.mark.parametrize(("ranks", "H", "W"), CLUSTERED)
+def test_a_cluster_and_two_launches_to_the_same_bits(
+    emu: Emulator, monkeypatch: pytest.MonkeyPatch, ranks: int, H: int, W: int
+) -> None:
+    x = randn(2, 3, H, W) + 0.3
+    launches(monkeypatch, False)
+    two = {False: check(x), True: found(x, True)}
+    clusters(monkeypatch, ranks)
+    for log in (False, True):
+        emu.seed(H + log)
+        emu.grid_limit(1 + log)  # clusters: one that does both images, or one each
+        for a, b in zip(two[log], found(x, log), strict=True):
+            assert torch.equal(a, b)
+        assert emu.last_kernel() == "clusters"
+
+
+@pytest.mark.parametrize("name", ["spectral_features", "radial_spectrum"])
+def test_clusters_match_float64(emu: Emulator, name: str) -> None:
+    emu.hopper(True)
+    for number, dtype in enumerate([torch.float32, torch.float16, torch.bfloat16] * 2):
+        args, kwargs = SPECS[name].example(random.Random(f"{name} {number}"), dtype, torch.device("cpu"))
+        emu.seed(number)
+        finding = _check.check(_check.expect(SPECS[name], args, kwargs, gradients=True, seed=number))
+        assert not finding.failures, (number, _check.describe(args, kwargs), finding.failures)
+
+
+def test_who_does_an_image(emu: Emulator) -> None:
+    """A cluster only where it was asked for, of so many blocks as the size needs; whatever does not fit, by others."""
+
+    def kernel(*shape: int) -> str:
+        close(spectral_features(x := randn(*shape)), spectrum.spectral_features_reference(x.double()), units=32)
+        return emu.last_kernel()
+
+    assert kernel(1, 33, 40) == "whole"
+    assert kernel(1, 84, 82) == "columns"
+    emu.hopper(True)
+    assert kernel(1, 32, 32) == "whole"
+    assert kernel(1, 33, 40) == kernel(1, 84, 82) == kernel(1, 256, 256) == "clusters"
+    assert kernel(64, 3, 40, 4) == "whole"
+    assert kernel(1, 1, 14000) == "columns"
+
+
+def test_the_largest_image_of_a_cluster(emu: Emulator) -> None:
+    emu.hopper(True)
+    x = randn(1, 3, 512, 512)
+    leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    up = randn(1, 512, 512, seed=1)
+    got, want = spectral_features(leaf), spectrum.spectral_features_reference(wide)
+    assert emu.last_kernel() == "clusters"
+    close(got.detach(), want.detach())
+    (grad,), (expected,) = torch.autograd.grad(got, leaf, up), torch.autograd.grad(want, wide, up.double())
+    assert emu.last_kernel() == "clusters"
+    close(grad, expected, units=2048)
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 14000), (1, 14000, 2), (1, 3, 6007), (1, 6007, 1), (1, 2, 4500), (1, 2000, 30)]
 )
@@ -122,7 +190,7 @@ def test_the_batch_in_waves_changes_nothing(emu: Emulator, monkeypatch: pytest.M
     launches(monkeypatch, False)
     whole = found(x)
     for wave in (1, 2, 3):
-        monkeypatch.setattr(spectrum._DeviceTables, "together", lambda self, B, size, wave=wave: min(B, wave))
+        monkeypatch.setattr(spectrum._DeviceTables, "together", lambda self, B, *_, wave=wave: (min(B, wave), 0))
         for a, b in zip(whole, found(x), strict=True):
             assert torch.equal(a, b)
 
@@ -146,9 +214,11 @@ def test_layouts_and_types(emu: Emulator, monkeypatch: pytest.MonkeyPatch, dtype
             assert torch.equal(a, b)
 
 
-def test_a_sample_alone_and_in_a_batch(emu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_a_sample_alone_and_in_a_batch(emu: Emulator, monkeypatch: pytest.MonkeyPatch, hopper: bool) -> None:
+    emu.hopper(hopper)
     monkeypatch.setattr(spectrum, "_MANY", 3)
-    x = randn(3, 3, 84, 90)  # in one launch together, in two alone
+    x = randn(3, 3, 84, 90)  # by one block together, in two launches or by a cluster alone
     whole = spectral_features(x), radial_spectrum(x)
     for b in range(3):
         assert torch.equal(spectral_features(x[b : b + 1])[0], whole[0][b])

@@ -57,6 +57,8 @@ struct SpectrumLayout {
   int64_t ring_columns() const { return lanes < 4 ? lanes : 4; }
   int64_t ring_parts() const { return (K + ring_columns() - 1) / ring_columns(); }
   int64_t row_groups() const { return (pairs + row_lanes - 1) / row_lanes; }
+  // Blocks of the cluster that should do an image, 0: no cluster can.
+  inline int64_t cluster() const;
   // Floats that a block needs in global memory.
   int64_t scratch() const {
     const int64_t rows = shared_rows ? 0 : row_bytes(row_lanes) / 4,
@@ -64,6 +66,39 @@ struct SpectrumLayout {
     return ((rows > columns ? rows : columns) + 3) / 4 * 4;
   }
 };
+
+// How a cluster of `ranks` blocks divides an image: each owns `columns` columns, all in its shared memory, and
+// transforms row_lanes pairs of rows at a time beside them.
+struct SpectrumCluster {
+  static constexpr int64_t kShared =
+      227 << 10;  // bytes of shared memory that data-centre GPUs since sm_90 give a block
+
+  int64_t ranks, columns, row_lanes, row_groups, column_bytes, bytes;
+
+  SpectrumCluster(const SpectrumLayout& l, int64_t n) : ranks(n) {
+    columns = (up(l.K, ranks) + 3) / 4 * 4;  // whole parts of rings; two columns are 16 bytes
+    column_bytes = l.column_bytes(columns);
+    const int64_t pairs = up(l.pairs, ranks);  // of a block
+    for (int64_t most = 16;; most /= 2) {
+      row_lanes = up(pairs, up(pairs, most));
+      row_lanes += row_lanes > 1 ? row_lanes % 2 : 0;
+      bytes = column_bytes + l.row_bytes(row_lanes);
+      if (bytes <= kShared || most == 4) break;
+    }
+    row_groups = up(l.pairs, row_lanes);
+  }
+  bool fits() const { return bytes <= kShared; }
+
+ private:
+  static int64_t up(int64_t n, int64_t d) { return (n + d - 1) / d; }
+};
+
+// As many blocks as have sixteen columns each (128 bytes of a row), more where these would not fit.
+inline int64_t SpectrumLayout::cluster() const {
+  int64_t ranks = K >= 128 ? 8 : K >= 64 ? 4 : 2;
+  while (ranks < 8 && !SpectrumCluster(*this, ranks).fits()) ranks *= 2;
+  return shared_rows && shared_columns && SpectrumCluster(*this, ranks).fits() ? ranks : 0;
+}
 
 }  // namespace
 }  // namespace fastdiff

@@ -109,6 +109,18 @@
   X(kNyquistSlope)     /* the gradient of the Nyquist column is forgotten */ \
   X(kOddRow)           /* the last row of an odd height has no gradient */
 
+#define FD_SPECTRUM_CLUSTER_MUTATIONS(X)                                       \
+  X(kClusterReuse)     /* rows of the next image among columns in use */       \
+  X(kClusterColumns)   /* columns are transformed before all rows are there */ \
+  X(kClusterGroup)     /* the next rows overwrite these */                     \
+  X(kClusterPartial)   /* sums over rings that other blocks still add up */    \
+  X(kClusterOwner)     /* a number goes to the next owner's columns */         \
+  X(kClusterPlace)     /* rows handed over in natural order */                 \
+  X(kClusterOdd)       /* the last of an odd number of columns is forgotten */ \
+  X(kClusterGather)    /* rows are read before their columns are there */      \
+  X(kClusterLeave)     /* columns overwritten while others read them */        \
+  X(kClusterBackGroup) /* as kClusterGroup */
+
 #define FD_MUTATIONS(X)     \
   FD_ADALN_MUTATIONS(X)     \
   FD_UPDATE_MUTATIONS(X)    \
@@ -118,7 +130,8 @@
   FD_SCAN_MUTATIONS(X)      \
   FD_CONV_MUTATIONS(X)      \
   FD_GAUSSIAN_MUTATIONS(X)  \
-  FD_SPECTRUM_MUTATIONS(X)
+  FD_SPECTRUM_MUTATIONS(X)  \
+  FD_SPECTRUM_CLUSTER_MUTATIONS(X)
 
 namespace fastdiff {
 

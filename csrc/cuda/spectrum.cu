@@ -20,12 +20,31 @@
 // page (fastdiff/ops/spectrum.py) chooses that for small images and for many. Long sides take fewer columns per block
 // and, beyond what shared memory holds, work in global memory.
 //
+// Or, on sm_90 and later, a cluster of 2, 4 or 8 blocks does an image in one launch, again to the same bits: its half
+// spectrum lies in their shared memory (512 x 512: 1.05 MB, 131 KB a block) and never anywhere else. A block owns
+// neighbouring columns, whole parts of rings; it transforms up to 16 pairs of rows at a time in what its columns leave
+// (70 KB there), and hands every two columns, 16 bytes, to their owner: 16 threads write 256 bytes side by side. After
+// a barrier of the cluster each transforms its columns in place. By size alone (SpectrumCluster, SpectrumLayout::
+// cluster) it takes squares up to 640 x 640 whose radices are 2 to 8, up to 437 where one above 8 needs a second array,
+// and up to 284 for Bluestein's method; what does not fit takes two launches.
+//
 // Rings: no table of bins. Along a column the rings follow one another, so a thread finds the part of its ring in four
 // columns by a square root, adds it up, and the parts are added in order (a launch of its own, or the end of the
 // block's): the same additions whatever the batch and the grid, no atomics.
 //
 // Predicted: 40 % of copy at [16, 3, 256, 256] (128 blocks: one wave, latency and two launches), 70 % at
 // [64, 3, 512, 512]. Performance: not measured.
+//
+// Of a cluster, 45 % and 60 %. It saves a launch and the way through L2 (8 bytes a number there and back), but 7/8 of
+// those bytes go from multiprocessor to multiprocessor instead, which is taken to do 12 bytes a clock. At 512 x 512,
+// 1024 threads and one block a multiprocessor, an image costs its eight some 6 us for that, 7 us of passes, and 12 us
+// (reads) and 4 us (writes) of memory at a multiprocessor's share of it, one after the other; 16 clusters at once, if
+// the device's multiprocessors come in sixteens, hide memory behind work only as far as they drift apart. By these
+// counts it wins where images are few, if anywhere, so it waits for a measurement: used only where asked for
+// (FASTDIFF_SM90=1).
+#include <map>
+#include <mutex>
+
 #include "async.cuh"
 #include "spectrum.cuh"
 
@@ -79,8 +98,19 @@ FD_D void load_rows(const Spectrum& a, const Job& j, int64_t b, int32_t y0, cons
   }
 }
 
-// put(y, k, value) for the transforms of rows y0 .. from their common ones Z:
-// A_k = Z_k + conj Z_{-k}, B_k = -i (Z_k - conj Z_{-k}).
+// Column k of two rows' transforms from their common one Z: A_k = Z_k + conj Z_{-k}, B_k = -i (Z_k - conj Z_{-k}).
+FD_D void separated(const Job& j, const Lanes& d, uint32_t t, int32_t k, float2* first, float2* second) {
+  const float2 z = d.at(k, t);
+  if (k == 0 && j.even) {  // real at DC, and so is the Nyquist term, which takes the place
+    const float2 n = d.at(j.W / 2, t);
+    *first = make_float2(z.x + z.x, n.x + n.x), *second = make_float2(z.y + z.y, n.y + n.y);
+  } else {
+    const float2 m = d.at(mirror(k, j.W), t);
+    *first = make_float2(z.x + m.x, z.y - m.y), *second = make_float2(z.y + m.y, m.x - z.x);
+  }
+}
+
+// put(y, k, value) for the transforms of rows y0 ..
 template <typename Put>
 FD_D void separate(const Job& j, int32_t y0, const Lanes& d, const Put& put) {
   const Divider by_columns = divider(j.K, j.K * d.lanes);
@@ -88,17 +118,31 @@ FD_D void separate(const Job& j, int32_t y0, const Lanes& d, const Put& put) {
     const uint32_t t = quotient(task, by_columns);
     const int32_t k = task - t * j.K, y = y0 + 2 * static_cast<int32_t>(t);
     if (y >= j.H) continue;
-    const float2 z = d.at(k, t);
     float2 first, second;
-    if (k == 0 && j.even) {  // real at DC, and so is the Nyquist term, which takes the place
-      const float2 n = d.at(j.W / 2, t);
-      first = make_float2(z.x + z.x, n.x + n.x), second = make_float2(z.y + z.y, n.y + n.y);
-    } else {
-      const float2 m = d.at(mirror(k, j.W), t);
-      first = make_float2(z.x + m.x, z.y - m.y), second = make_float2(z.y + m.y, m.x - z.x);
-    }
+    separated(j, d, t, k, &first, &second);
     put(y, k, first);
     if (y + 1 < j.H) put(y + 1, k, second);
+  }
+}
+
+// The transforms of rows y0 .. to the owners of their columns, two columns at once, where those keep element 0 of this
+// block's `columns`.
+FD_D void hand_over(const Job& j, int32_t y0, const Lanes& d, float2* columns) {
+  const uint32_t vectors = column_pairs(j);
+  const Divider by_vectors = divider(vectors, vectors * d.lanes), by = by_owner(j);
+  for (uint32_t task = threadIdx.x; task < vectors * d.lanes; task += blockDim.x) {
+    const uint32_t t = quotient(task, by_vectors);
+    const int32_t k = 2 * (task - t * vectors), y = y0 + 2 * static_cast<int32_t>(t);
+    if (y >= j.H) continue;
+    float2 first[2] = {}, second[2] = {};
+    separated(j, d, t, k, &first[0], &second[0]);
+    if (k + 1 < j.K) separated(j, d, t, k + 1, &first[1], &second[1]);
+    const auto put = [&](int32_t row, const float2(&v)[2]) {
+      const int32_t at = FD_MUTATED(kClusterPlace) ? row : place(j.h, row);
+      *owned(j, by, columns, at, k) = make_float4(v[0].x, v[0].y, v[1].x, v[1].y);
+    };
+    put(y, first);
+    if (y + 1 < j.H) put(y + 1, second);
   }
 }
 
@@ -310,40 +354,66 @@ __global__ void __launch_bounds__(kMaxThreads, 2) whole(const Spectrum a, const 
   }
 }
 
+// The same by a cluster: a block transforms rows, hands them over column by column, and transforms its own columns.
+__global__ void __launch_bounds__(kClusterThreads) clusters(const Spectrum a, const Job j, int32_t column_numbers) {
+  if constexpr (kClusters) {
+    FD_SHARED_DYNAMIC(float2, memory);
+    const int32_t rank = cluster_rank(), ranks = j.groups;
+    const Share mine = share_of(j, rank);
+    for (int64_t b = blockIdx.x / ranks; b < j.count; b += gridDim.x / ranks) {
+      for (int32_t group = 0; group < j.row_groups; group += ranks) {
+        const int32_t y0 = (group + rank) * 2 * j.row_lanes;
+        Lanes row = row_arrays(memory + column_numbers, j, 0), spare = row_arrays(memory + column_numbers, j, 1);
+        if (y0 < j.H) {
+          load_block(a, j, b, y0, row);
+          transform(j.w, row, spare);
+        }
+        // The others have started, and are done with the columns of the image before.
+        if (group == 0) FD_CLUSTER_BARRIER(kClusterReuse);
+        if (y0 < j.H) hand_over(j, y0, row, memory);
+        FD_BARRIER(kClusterGroup);
+      }
+      FD_CLUSTER_BARRIER(kClusterColumns);
+      Lanes d = column_arrays(memory, j, j.lanes, 0), other = column_arrays(memory, j, j.lanes, 1);
+      d.lanes = other.lanes = mine.count;
+      transform(j.h, d, other);
+      emit(a, j, b, mine.k0, mine.count, d);
+      if (a.R > 0) {
+        __syncthreads();
+        magnitudes(a, j, mine.k0, mine.count, d);
+        __syncthreads();
+        ring_sums(a, j, b, mine.k0, mine.count, d);
+        FD_CLUSTER_BARRIER(kClusterPartial);
+        if (rank == 0) finish_rings(a, j, b, reinterpret_cast<float*>(memory));
+      }
+    }
+  }
+}
+
 }  // namespace
+
+bool spectrum_clusters(int device) {
+  if (!asked_for_sm90()) return false;
+  static std::mutex mutex;
+  static std::map<int, bool> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  return known[device] = can_launch_cluster(&clusters, 8, kClusterThreads, SpectrumCluster::kShared, device);
+}
 
 void spectrum(const Spectrum& a, int device, void* stream) {
   if (a.B == 0) return;
   const DeviceGuard guard(device);
-  const SpectrumLayout l(a.plan_w, a.plan_h);
-  Job j = make_job(l, fft_plan(a.plan_w, a.pos_w, a.table_w), fft_plan(a.plan_h, a.pos_h, a.table_h));
-  j.vec = vector_of(a.images, a.C, a.W);
-  const size_t row_bytes = static_cast<size_t>(l.row_bytes(l.row_lanes));
-  if (a.wave == 0) {
-    j.count = a.B;
-    const size_t column_bytes = static_cast<size_t>(l.column_bytes(l.K));
-    const int64_t row_numbers = l.w.span * l.row_lanes, column_numbers = l.h.span * l.K;
-    const int threads = threads_for(row_numbers > column_numbers ? row_numbers : column_numbers);
-    FD_LAUNCH(whole, grid_for(a.B), threads, column_bytes + row_bytes, stream, a, j,
-              static_cast<int32_t>(column_bytes / 8));
-    return;
-  }
-  const size_t column_bytes = static_cast<size_t>(l.column_bytes(l.lanes));
-  for (j.first = 0; j.first < a.B; j.first += j.count) {
-    j.count = a.B - j.first < a.wave ? a.B - j.first : a.wave;
-    int threads = threads_for(l.w.span * l.row_lanes);
-    if (l.shared_rows)
-      FD_LAUNCH((rows<true>), grid_for(j.count * j.row_groups), threads, row_bytes, stream, a, j);
-    else
-      FD_LAUNCH((rows<false>), few_blocks(j.count * j.row_groups), threads, 0, stream, a, j);
-    threads = threads_for(l.h.span * l.lanes);
-    if (l.shared_columns)
-      FD_LAUNCH((columns<true>), grid_for(j.count * j.groups), threads, column_bytes, stream, a, j);
-    else
-      FD_LAUNCH((columns<false>), few_blocks(j.count * j.groups), threads, 0, stream, a, j);
-  }
-  j.first = 0, j.count = a.B;
-  if (a.R > 0) FD_LAUNCH(rings, grid_for(a.B), 256, 0, stream, a, j);
+  Launches<Spectrum> run(a, a.images, stream);
+  if (a.ranks > 1) return run.clusters("clusters", clusters);
+  if (a.ranks == 1) return run.whole("whole", whole);
+  run.waves([&] {
+    run.rows("rows", rows<true>, rows<false>);
+    run.columns("columns", columns<true>, columns<false>);
+  });
+  run.j.first = 0, run.j.count = a.B;
+  if (a.R > 0) FD_LAUNCH(rings, grid_for(a.B), 256, 0, stream, a, run.j);
 }
 
 }  // namespace cuda

@@ -5,6 +5,7 @@
 // real columns, told apart by symmetry.
 #pragma once
 #include "../common/spectrum.h"
+#include "cluster.cuh"
 #include "fft.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -15,13 +16,14 @@ namespace {
 
 constexpr float kRed = 0.299f, kGreen = 0.587f, kBlue = 0.114f;
 constexpr int kMaxThreads = 512;
+constexpr int kClusterThreads = 1024;  // of a block that has a multiprocessor to itself, or nearly
 
 // What a launch knows besides its operands.
 struct Job {
   FftPlan w, h;
   int32_t H, W, K, pitch, even;
   int32_t row_lanes, row_groups;  // pairs of rows of a block, and blocks of an image
-  int32_t lanes, groups;          // columns, likewise
+  int32_t lanes, groups;          // columns, likewise; in a cluster: of a block, and blocks
   int32_t ring_columns, ring_parts;
   int32_t vec;           // pixels that are loaded or stored at once
   int64_t first, count;  // images of this launch
@@ -37,10 +39,10 @@ inline Job make_job(const SpectrumLayout& l, const FftPlan& w, const FftPlan& h)
   return j;
 }
 
-// Threads of a block: one for every butterfly of radix 8, 64 to kMaxThreads.
-inline int threads_for(int64_t numbers) {
+// Threads of a block: one for every butterfly of radix 8, 64 to `most`.
+inline int threads_for(int64_t numbers, int most = kMaxThreads) {
   int threads = 64;
-  while (threads < kMaxThreads && threads * 8 < numbers) threads *= 2;
+  while (threads < most && threads * 8 < numbers) threads *= 2;
   return threads;
 }
 
@@ -126,6 +128,24 @@ FD_D float warp_total(const float* v, int64_t n, float* shared) {
   return total;
 }
 
+// A cluster's columns by owner: block `rank` has columns k0 .. k0 + count - 1, and two neighbours from an even column
+// on lie side by side in one block's memory (the last of an odd number with room beside it).
+struct Share {
+  int32_t k0, count;
+};
+FD_D Share share_of(const Job& j, int32_t rank) {
+  const int32_t k0 = rank * j.lanes, left = j.K - k0;
+  return {k0, left < 0 ? 0 : left < j.lanes ? left : j.lanes};
+}
+FD_D uint32_t column_pairs(const Job& j) { return (j.K + (FD_MUTATED(kClusterOdd) ? 0 : 1)) / 2; }
+FD_D Divider by_owner(const Job& j) { return divider(j.lanes, j.K + 1); }
+// Column k of element y of the owner's array where this block's begins at `mine`.
+FD_D float4* owned(const Job& j, Divider by, float2* mine, int32_t y, int32_t k) {
+  const int32_t owner = quotient(k, by), next = owner + 1 < j.groups ? owner + 1 : 0;
+  float2* there = shared_of(mine, FD_MUTATED(kClusterOwner) ? next : owner);
+  return reinterpret_cast<float4*>(there + y * j.lanes + (k - owner * j.lanes));
+}
+
 // Blocks that work in global memory.
 inline unsigned int few_blocks(int64_t tasks) {
   return grid_for(tasks < SpectrumLayout::kBlocks ? tasks : SpectrumLayout::kBlocks);
@@ -139,6 +159,74 @@ inline int vector_of(const Strided& images, int64_t C, int64_t W) {
   for (int i = 0; i < 3; ++i) fits = fits && ((i == 1 && C == 1) || images.s[i] * size % 16 == 0);
   return fits ? vec : 1;
 }
+
+// The launches of either direction.
+template <typename Operands>
+struct Launches {
+  using Whole = void (*)(Operands, Job, int32_t);
+  using Part = void (*)(Operands, Job);
+
+  const Operands& a;
+  void* stream;
+  SpectrumLayout l;
+  Job j;
+
+  Launches(const Operands& operands, const Strided& images, void* s)
+      : a(operands),
+        stream(s),
+        l(a.plan_w, a.plan_h),
+        j(make_job(l, fft_plan(a.plan_w, a.pos_w, a.table_w), fft_plan(a.plan_h, a.pos_h, a.table_h))) {
+    j.vec = vector_of(images, a.C, a.W);
+  }
+
+  // Images by one block each.
+  void whole(const char* name, Whole kernel) {
+    j.count = a.B;
+    const int64_t column_bytes = l.column_bytes(l.K), bytes = column_bytes + l.row_bytes(l.row_lanes);
+    launch(name, kernel, grid_for(a.B), threads(l.row_lanes, l.K, kMaxThreads), static_cast<size_t>(bytes), stream, a,
+           j, static_cast<int32_t>(column_bytes / 8));
+  }
+
+  // Images by one cluster each.
+  void clusters(const char* name, Whole kernel) {
+    const SpectrumCluster c(l, a.ranks);
+    const auto ranks = static_cast<unsigned>(a.ranks), most = 0x7fffffffu / ranks, images = grid_for(a.B);
+    j.count = a.B;
+    j.row_lanes = static_cast<int32_t>(c.row_lanes), j.row_groups = static_cast<int32_t>(c.row_groups);
+    j.lanes = static_cast<int32_t>(c.columns), j.groups = a.ranks;
+    launch_cluster(name, kernel, a.ranks, ranks * (images < most ? images : most),
+                   threads(c.row_lanes, c.columns, kClusterThreads), static_cast<size_t>(c.bytes), stream, a, j,
+                   static_cast<int32_t>(c.column_bytes / 8));
+  }
+
+  // Rows or columns of the images of this wave, in shared memory or global.
+  void rows(const char* name, Part in_shared, Part in_global) {
+    part(name, in_shared, in_global, l.shared_rows, j.row_groups, l.w.span * l.row_lanes, l.row_bytes(l.row_lanes));
+  }
+  void columns(const char* name, Part in_shared, Part in_global) {
+    part(name, in_shared, in_global, l.shared_columns, j.groups, l.h.span * l.lanes, l.column_bytes(l.lanes));
+  }
+
+  template <typename Both>
+  void waves(const Both& both) {
+    for (j.first = 0; j.first < a.B; j.first += j.count) {
+      j.count = a.B - j.first < a.wave ? a.B - j.first : a.wave;
+      both();
+    }
+  }
+
+ private:
+  int threads(int64_t row_lanes, int64_t columns, int most) const {
+    const int64_t row_numbers = l.w.span * row_lanes, column_numbers = l.h.span * columns;
+    return threads_for(row_numbers > column_numbers ? row_numbers : column_numbers, most);
+  }
+  void part(const char* name, Part in_shared, Part in_global, bool shared, int32_t blocks, int64_t numbers,
+            int64_t bytes) {
+    const int64_t tasks = j.count * blocks;
+    launch(name, shared ? in_shared : in_global, shared ? grid_for(tasks) : few_blocks(tasks), threads_for(numbers),
+           shared ? static_cast<size_t>(bytes) : 0, stream, a, j);
+  }
+};
 
 }  // namespace
 }  // namespace cuda

@@ -115,6 +115,7 @@ struct Scheduler {
   std::map<std::pair<int, int>, std::pair<int, int>> meeting;
   std::map<std::pair<int, const void*>, std::pair<void*, size_t>> shared_arrays;  // by rank and tag
   std::vector<size_t> shared_bytes;                                               // by rank
+  std::vector<int> order;  // in which the blocks of a cluster pass barriers of their own
 
   Scheduler() {
     const char* text = getenv("FASTDIFF_EMU_SEED");
@@ -130,6 +131,12 @@ struct Scheduler {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return static_cast<uint32_t>((z ^ (z >> 31)) >> 32) % below;
+  }
+
+  void draw_order() {
+    order.resize(blocks);
+    std::iota(order.begin(), order.end(), 0);
+    for (int i = blocks - 1; i > 0 && !lockstep; --i) std::swap(order[i], order[draw(static_cast<uint32_t>(i + 1))]);
   }
 
   int index(const Fiber& f) const { return static_cast<int>(&f - fibers.data()); }
@@ -308,17 +315,21 @@ std::string Scheduler::who_waits() {
 
 void Scheduler::release_barrier() {
   bool released = false;
-  for (int rank = 0; rank < blocks; ++rank) {
+  for (const int rank : order) {
     Fiber* const block = &fibers[first(rank)];
     bool all = true;
     for (int i = 0; i < threads; ++i) all = all && block[i].state == kAtBarrier && block[i].site == block[0].site;
     if (!all) continue;
     for (int i = 0; i < threads; ++i) set_ready(block[i]);
     released = true;
+    if (!lockstep) break;  // this block alone goes on, as far as it can without the others
   }
   bool together = true;
   each([&](const Fiber& f) { together = together && f.state == kAtClusterBarrier && f.site == fibers[0].site; });
-  if (together) each([&](Fiber& f) { set_ready(f); });
+  if (together) {
+    each([&](Fiber& f) { set_ready(f); });
+    draw_order();
+  }
   if (!released && !together) error = "threads wait for each other for ever: " + who_waits();
 }
 
@@ -383,6 +394,7 @@ void Scheduler::run_cluster(const std::vector<dim3>& positions) {
   };
   at_condition = 0;
   meeting.clear(), boxes.clear();
+  draw_order();
   while (error.empty()) {
     const bool changed = look_around();
     if (any([](const Warp& w) { return w.ready != 0; })) {

@@ -91,9 +91,10 @@ int64_t switches();  // how often a thread was resumed, since the library was lo
 
 // Runs `body` for every thread of every block. Throws std::runtime_error naming the kernel when the configuration is
 // impossible or when threads wait for each other for ever.
-// `cluster`: blocks that run together, neighbours along x, and may use each other's shared memory. `sm90`: the kernel
-// is for sm_90 and later, as those in clusters are anyway, and may use the shared memory of a block there; all others
-// must do with what sm_86 and sm_89 give.
+// `cluster`: blocks that run together, neighbours along x, and may use each other's shared memory. They drift apart: at
+// barriers of its own a block waits until those before it cannot go on, in an order drawn at every barrier of all.
+// `sm90`: the kernel is for sm_90 and later, as those in clusters are anyway, and may use the shared memory of a block
+// there; all others must do with what sm_86 and sm_89 give.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t smem, const std::function<void()>& body, int cluster = 1,
             bool sm90 = false);
 

@@ -18,10 +18,10 @@ column, and for rings H W bytes; at most 32 MB of them are kept for later calls,
 some 8 million pixels a call of `radial_spectrum` makes its ring table anew.
 
 On a GPU the workspace is the half spectra of the images that go through together (24 MB, one image at least), or none
-where one block does an image in one launch; for rings R W / 8 floats per image more; and for sides that do not fit into
-shared memory (some 12 000 numbers, or Bluestein's length of 6 000) 128 blocks' arrays. Tables of a new size are copied
-to the device by its first call, which therefore cannot be captured in a CUDA graph; later ones can. Tables that a
-captured graph reads are kept for the life of the process.
+where one block or cluster does an image in one launch; for rings R W / 8 floats per image more; and for sides that do
+not fit into shared memory (some 12 000 numbers, or Bluestein's length of 6 000) 128 blocks' arrays. Tables of a new
+size are copied to the device by its first call, which therefore cannot be captured in a CUDA graph; later ones can.
+Tables that a captured graph reads are kept for the life of the process.
 
 A NaN or an infinity anywhere reaches every frequency of its image, but which of the two a frequency becomes is not
 defined: inf - inf is NaN, and it depends on the order of the transform's additions where infinities meet.
@@ -308,7 +308,7 @@ def _launch(
             -1, 0,
             (B, C, H, W, R, half.shape[1], scratch.shape[1], threads, int(kept), int(log), int(shift), int(normalize),
              reg.operand(x), reg.operand(out), *addresses, half.data_ptr(), scratch.data_ptr(), _pointer(partial),
-             _pointer(profile), 0, 0, 0),
+             _pointer(profile), 0, 0, 0, 0),
         )  # fmt: skip
     return profile
 
@@ -319,7 +319,7 @@ def _launch_cuda(
 ) -> torch.Tensor | None:  # fmt: skip
     B, C, H, W = x.shape
     tables = _device_tables(H, W, R > 0, x.device)
-    kept, wave = half is not None, tables.together(B, H * W)
+    kept, (wave, ranks) = half is not None, tables.together(B, H * W, device)
     if not kept:
         half = x.new_empty((wave, _half_size(H, W)), dtype=torch.float32)
     scratch = x.new_empty((tables.blocks, tables.scratch), dtype=torch.float32)
@@ -330,7 +330,7 @@ def _launch_cuda(
             device, stream,
             (B, C, H, W, R, half.shape[1], scratch.shape[1], 1, int(kept), int(log), int(shift), int(normalize),
              reg.operand(x), reg.operand(out), *tables.plans, 0, _pointer(tables.ring_size), half.data_ptr(),
-             scratch.data_ptr(), _pointer(partial), _pointer(profile), *tables.positions, wave),
+             scratch.data_ptr(), _pointer(partial), _pointer(profile), *tables.positions, wave, ranks),
         )  # fmt: skip
     return profile
 
@@ -346,17 +346,24 @@ class _DeviceTables:
     scratch: int  # floats per block
     blocks: int  # that need them
     fits: bool  # an image fits into a block's shared memory
+    cluster: int  # blocks of the cluster whose shared memory it fits into, or 0
     wave: int  # images whose half spectra fit into half the L2 cache of a large GPU
     alive: tuple[Any, ...]
 
-    def together(self, B: int, size: int) -> int:
-        """How many of B images are transformed together; 0: each by one block, in one launch, to the same bits. Where
-        there are few of some size, more blocks than images are faster."""
-        return 0 if self.fits and (size <= _SMALL or B >= _MANY) else min(B, self.wave)
+    def together(self, B: int, size: int, device: int) -> tuple[int, int]:
+        """How many of B images go together through two launches, or 0 and how many blocks do each in one; all to the
+        same bits. Where there are few of some size, more blocks than images are faster. Clusters are asked for by
+        FASTDIFF_SM90=1 (csrc/cuda/spectrum.cu says why)."""
+        if self.fits and (size <= _TINY or B >= _MANY):
+            return 0, 1
+        if self.cluster and _native.extension.spectrum_clusters(device):  # type: ignore[union-attr]
+            return 0, self.cluster
+        return (0, 1) if self.fits and size <= _SMALL else (min(B, self.wave), 0)
 
 
 _WAVE = 24 << 20  # bytes
-_SMALL = 80 * 80  # pixels
+_TINY = 32 * 32  # pixels
+_SMALL = 80 * 80
 _MANY = 64  # images
 
 
@@ -378,12 +385,13 @@ def _device_tables(H: int, W: int, radial: bool, device: torch.device) -> _Devic
         positions.append(place.data_ptr())
         alive += [integers, place, twiddles]
     ring_size = torch.from_numpy(_ring_table(H, W)[1]).to(device, copy=True) if radial else None
-    parts, scratch, blocks, fits = _native.extension.spectrum_layout(plans[0], plans[2])  # type: ignore[union-attr]
+    layout = _native.extension.spectrum_layout(plans[0], plans[2])  # type: ignore[union-attr]
+    parts, scratch, blocks, fits, cluster = layout
     wave = max(1, _WAVE // (4 * _half_size(H, W)))
     alive += [] if ring_size is None else [ring_size]
     return _DeviceTables(
         (plans[0], plans[1], plans[2], plans[3]), (positions[0], positions[1]), ring_size, parts, scratch,
-        blocks if scratch else 0, fits, wave, tuple(alive),
+        blocks if scratch else 0, fits, cluster, wave, tuple(alive),
     )  # fmt: skip
 
 
@@ -462,7 +470,7 @@ def _backward(
     device, stream = _native.place(grad)
     if device >= 0:
         R, tables = rings(H, W) if radial else 0, _device_tables(H, W, radial, grad.device)
-        wave = tables.together(B, H * W)
+        wave, ranks = tables.together(B, H * W, device)
         work = torch.empty_like(half[:wave])
         scratch = x.new_empty((tables.blocks, tables.scratch), dtype=torch.float32)
         ring_grad = x.new_empty((B, R), dtype=torch.float32) if radial else None
@@ -471,7 +479,7 @@ def _backward(
                 device, stream,
                 (B, C, H, W, R, half.shape[1], tables.scratch, 1, int(log), int(shift), int(normalize),
                  reg.operand(grad), reg.operand(x), *tables.plans, 0, _pointer(tables.ring_size), half.data_ptr(),
-                 _pointer(profile), work.data_ptr(), scratch.data_ptr(), *tables.positions, wave,
+                 _pointer(profile), work.data_ptr(), scratch.data_ptr(), *tables.positions, wave, ranks,
                  _pointer(ring_grad)),
             )  # fmt: skip
         return out
@@ -483,7 +491,7 @@ def _backward(
             -1, 0,
             (B, C, H, W, rings(H, W) if radial else 0, half.shape[1], scratch.shape[1], threads, int(log), int(shift),
              int(normalize), reg.operand(grad), reg.operand(x), *addresses, half.data_ptr(), _pointer(profile),
-             work.data_ptr(), scratch.data_ptr(), 0, 0, 0, 0),
+             work.data_ptr(), scratch.data_ptr(), 0, 0, 0, 0, 0),
         )  # fmt: skip
     return out
 

@@ -18,7 +18,7 @@ class Case:
     make: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     backward: bool = False
     grid: int = 1000  # blocks of a launch, at most
-    hopper: bool = False  # in a kernel for sm_90a
+    hopper: bool = False  # in a kernel for sm_90 or sm_90a
 
 
 def _draws(M: int, dtype: torch.dtype) -> Any:
@@ -225,4 +225,22 @@ SPECTRUM = {
     "kOddRow": Case("spectral_features", _normal(1, 5, 8), backward=True),
 }
 
-CASES = {**UPDATE, **GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM}
+
+def _cluster(*shape: int, op: str = "spectral_features", backward: bool = False, grid: int = 1000) -> Case:
+    return Case(op, _normal(*shape), backward, grid, hopper=True)
+
+
+SPECTRUM_CLUSTER = {
+    "kClusterReuse": _cluster(2, 33, 40, grid=1),
+    "kClusterColumns": _cluster(1, 70, 16),
+    "kClusterGroup": _cluster(1, 70, 16),
+    "kClusterPartial": _cluster(4, 5, 256, op="radial_spectrum", grid=1),
+    "kClusterOwner": _cluster(1, 33, 40),
+    "kClusterPlace": _cluster(1, 33, 40),
+    "kClusterOdd": _cluster(1, 33, 41),
+    "kClusterGather": _cluster(1, 33, 40, backward=True),
+    "kClusterLeave": _cluster(2, 70, 16, backward=True, grid=1),
+    "kClusterBackGroup": _cluster(1, 70, 16, backward=True),
+}
+
+CASES = {**UPDATE, **GELU, **ATTENTION, **HOPPER, **SCAN, **CONV, **GAUSSIAN, **SPECTRUM, **SPECTRUM_CLUSTER}
