@@ -137,6 +137,49 @@ def test_directions(emu: Emulator, D: int, L: int, layout: str) -> None:
     check(args, {"orders": orders, "layout": layout, "delta_softplus": True}, "selective_scan_multi")
 
 
+def long(B: int = 2, L: int = 500, **options: Any) -> Any:
+    """A call that is cut along L, and whose first steps are still felt in the last: slow decays, one restart."""
+    args, kwargs = call(B, L=L, **options)
+    args[2].mul_(0.004)
+    kwargs["resets"] = torch.zeros(L, dtype=torch.bool)
+    kwargs["resets"][kwargs["order"][L // 3]] = True
+    return args, kwargs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "bdl", "L": 545, "constant": "B"},
+        {"is_complex": True, "N": 3, "L": 512},
+        {"D": 34, "groups": 2, "dtype": torch.bfloat16, "L": 513},
+    ],
+    ids=["plain", "channels first", "complex", "groups"],
+)
+def test_segments(emu: Emulator, options: dict[str, Any]) -> None:
+    """Side by side and one after the other: the same bits, and right ones."""
+    args, kwargs = long(**options)
+    apart = ops.selective_scan(*args, **kwargs)
+    assert emu.last_kernel().endswith("kReplay>)")
+    emu.multiprocessors(1)
+    together = ops.selective_scan(*args, **kwargs)
+    assert emu.last_kernel().endswith("kFused>)")
+    for a, b in zip(apart, together, strict=True):
+        assert torch.equal(a, b)
+    check(*long(1, **options))
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+def test_segments_of_one_sample_do_not_depend_on_the_batch(emu: Emulator, processors: int) -> None:
+    args, kwargs = long(3)
+    emu.multiprocessors(processors)
+    whole = ops.selective_scan(*args, **kwargs)
+    emu.multiprocessors(4)
+    one = SPECS["selective_scan"].take(2, args, kwargs)
+    for a, b in zip(whole, ops.selective_scan(*one[0], **one[1]), strict=True):
+        assert torch.equal(a[2:], b)
+
+
 def bits(args: Any, kwargs: Any) -> list[torch.Tensor]:
     (a, k), leaves = _check.with_leaves(SPECS["selective_scan"], args, kwargs)
     with torch.enable_grad():

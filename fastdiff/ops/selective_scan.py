@@ -49,6 +49,7 @@ MAX_STATES = 256  # kScanStates in csrc/fastdiff.h: floats of state per channel
 MAX_STATES_CUDA = 128  # kScanCudaStates
 _STEPS = 32  # kScanSteps
 _CHANNELS = 64  # kScanChannels
+_MOST_TASKS_APART = 256  # more than any GPU has multiprocessors: segments side by side would gain nothing
 _FIELDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # canonical operands, in order
 
 
@@ -583,6 +584,19 @@ def _parts(whole: torch.Tensor, K: int) -> torch.Tensor | None:
     return whole.new_empty((K, whole.numel()), dtype=torch.float32)
 
 
+def _carries(s: dict[str, int], u: torch.Tensor) -> torch.Tensor | None:
+    """On CUDA, where a call is cut along L so that its few tasks become many: what each segment hands on."""
+    if _native.place(u)[0] < 0:
+        return None
+    extension: Any = _native.extension
+    rows = s["N"] * (1 + s["complex"])
+    tasks = s["K"] * s["G"] * -(-(s["D"] // s["G"]) // extension.scan_cuda_channels(rows))
+    segments = extension.scan_cuda_segments(s["L"], tasks)
+    if segments == 1 or s["B"] * tasks > _MOST_TASKS_APART:
+        return None
+    return u.new_empty((s["B"], s["K"], segments, 2 * rows + 1, s["D"]), dtype=torch.float32)
+
+
 def _address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -642,7 +656,8 @@ def _scan(  # type: ignore[no-untyped-def]
     scratch = _scratch(u, s, False)
     values = _values(s, softplus, reverse, scratch, operands, orders, resets)
     parts = _parts(out, s["K"])
-    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0, _address(parts))
+    carries = _carries(s, u)
+    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0, _address(parts), _address(carries))
     _native.extension.selective_scan(*_native.place(u), (*values, *results))  # type: ignore[union-attr]
     return outputs
 
