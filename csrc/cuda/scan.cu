@@ -8,26 +8,44 @@
 // 32 channels (8 where there are more than 32 floats of state, so that it stays within 256 threads): 384 blocks of four
 // warps at the shape above, three for every SM. Lanes of a warp are neighbouring channels, so that B and C of a step,
 // which the block's channels share, are a broadcast of 16 bytes and everything per channel is free of bank conflicts.
-// Per exp a warp issues about 6.75 instructions (the exp, four f32, 1/2 for B and C, 5/4 for what comes once per step)
-// where the exp unit needs 8 cycles: more states per thread would save instructions that are not the limit, and cost
-// warps. The lanes of a channel meet in shared memory, their sums added in the order of the states: no shuffles, and
-// since the number of lanes follows from N alone, a result does not depend on the batch or the device.
+// More states per thread would save a third of what a step costs beside its states, and warps. The lanes of a channel
+// meet in shared memory, their sums added in the order of the states: no shuffles, and since the number of lanes
+// follows from N alone, a result does not depend on the batch or the device.
 //
-// A tile of 32 steps is staged as float32: u, t (bias and softplus once per step and channel), B and C. Loads follow
-// whichever axis is contiguous (channels last: four channels a load; channels first: 32 steps of a channel, transposed
-// in shared memory). The order of the steps is a list of positions per tile, so that a permuted scan copies nothing.
-// What hides the latency of the loads is the other blocks of the SM (30 KB of shared memory and at most 64 registers a
-// thread: seven blocks at N = 16), not a pipeline within the block.
+// Tiles of 32 steps. While one is computed, u, delta, B and C of the next one are on their way to the stage, a second
+// part of shared memory, as they are stored (scan_stage.cuh), and so is z of this one, which is not needed before its
+// end: nothing waits for memory but the first tile. That is where columns (channels, states) are neighbours in memory
+// and aligned to at least 4 bytes; other operands are read when their tile is due, along whichever axis is contiguous
+// (channels first: 32 steps of a channel, transposed in shared memory). From the stage a tile becomes float32: u, t
+// (bias and softplus once per step and channel), B and C. The order of the steps is a list of positions per tile, that
+// of the next made while this one is converted, so that a permuted scan copies nothing.
+//
+// At N = 16: 128 threads, 80 registers, 37.8 KB of shared memory for 16-bit operands (29.8 for the tiles, 8 for the
+// stage) and 45.8 for float32: five and four blocks of an SM of sm_90, four and three of sm_80, two of sm_86 and sm_89.
+// No block needs more than 99 KB: where the stage has no room, an operand is read when it is due (N > 112 in float32).
 //
 // K directions are K times as many blocks, each with an output of its own (float32, in a workspace), and a second
 // kernel adds them in order: 2 K B L D floats of traffic more, for K times the parallelism and no atomics.
 //
-// L is never split. A call with few channels (B D N / 128 blocks below the number of SMs) leaves SMs idle; what it
-// would take is a second pass with as many exps.
+// Segments. One sample of a narrow model is few blocks (D = 384: 12), each of which walks all of L. Where a sample has
+// at most 16 (eight of them do not fill an H200 then) and L at least 16 tiles, L is cut into up to 16 segments, all of
+// them at once: one launch finds the end state of each from zeros, and the product of its decays, exp(A sum t) of every
+// tile; a second one lets each segment carry the ends before it to its beginning, in order, and replays it. That is
+// 2 - 1/S exps instead of one, and 1.7 times the instructions, for S times the blocks: with D = 384, L = 4096 and a
+// batch of one, 1/9 of the time if a block alone on an SM is no faster than one of two. It is done while there are no
+// more blocks than SMs. A larger batch takes the segments one after the other in one block, which computes both the
+// state from zeros and the true one (a multiply-add per state and step, no exp: about a tenth more), and hands on the
+// same float: whether L is cut depends on L, D, N, K and G alone, and how it is done does not show in a bit.
 //
-// Predicted at B8 D1536 L4096 N16, bf16: 0.31 ms if other blocks hide the loads of a tile, which are not asked for
-// ahead; staging, softplus, gate and stores cost some 60 instructions per step and channel beside the 108 of its 16
-// states. Performance: not measured.
+// Counted in the loop over steps (sm_90a, before restarts got a loop of their own): 9.4 instructions per exp, 6.9 of
+// them arithmetic and shared memory, where the exp unit takes the time of 8. Softplus, gate, conversions, requests and
+// stores are some 100 instructions per step and channel, 6 more per exp at N = 16. So instructions are what is short,
+// not exps: moving exps to the multiply-add pipes (exp2.cuh) costs 14 of them for each and is off.
+//
+// Predicted at B8 D1536 L4096 N16, bf16: 0.36 to 0.45 ms (13 to 16 instructions per exp, one per clock and scheduler),
+// now that memory is waited for no more. Performance: not measured.
+#include <type_traits>
+
 #include "scan.cuh"
 
 namespace fastdiff {
@@ -47,7 +65,7 @@ FD_D int64_t carry_offset(const Scan& a, const Plan& p, const Task& t, int64_t s
 }
 
 template <int kChannels, bool kComplex, Mode kMode>
-__global__ void __launch_bounds__(kMaxThreads, kComplex ? 2 : 3) scan_kernel(Scan a, Plan p) {
+__global__ void __launch_bounds__(kMaxThreads, kMode == kFused ? 2 : 3) scan_kernel(Scan a, Plan p) {
   constexpr int kPitch = kChannels + 1;
   FD_SHARED_DYNAMIC(float, memory);
   Steps* const steps = reinterpret_cast<Steps*>(memory);
@@ -163,32 +181,38 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex ? 2 : 3) scan_kernel(Sca
       commit_copies();
       // Beyond `count` a tile holds t = u = B = C = 0, which leaves h as it is.
       float passed = 0;  // the time of the tile: four steps, then the fours, added in ten roundings at most
+      const auto walk = [&](auto fresh) {  // whether the state restarts within the tile: a choice per state and step
 #pragma unroll 1
-      for (int base = 0; base < count; base += 4) {
-        float times[4];
+        for (int base = 0; base < count; base += 4) {
+          float times[4];
 #pragma unroll
-        for (int q = 0; q < 4; ++q) {
-          const int i = base + q;
-          const float dt = tile_t[i * kPitch + c], x = dt * tile_u[i * kPitch + c];
-          float w[kOwn], b[kOwn];
-          times[q] = dt;
-          load_own(own_b + i * step_b, b);
-          if (resets >> i & 1 && !FD_MUTATED(kScanReset)) {
-            restarted = true;
+          for (int q = 0; q < 4; ++q) {
+            const int i = base + q;
+            const float dt = tile_t[i * kPitch + c], x = dt * tile_u[i * kPitch + c];
+            float w[kOwn], b[kOwn];
+            times[q] = dt;
+            load_own(own_b + i * step_b, b);
+            if (decltype(fresh)::value && resets >> i & 1) {
+              restarted = true;
 #pragma unroll
-            for (int j = 0; j < kOwn; ++j) h[j] = own[j] = 0;
+              for (int j = 0; j < kOwn; ++j) h[j] = own[j] = 0;
+            }
+            decays<kComplex>(dt, rate, w);
+            advance<kComplex>(h, w, x, b);
+            if (kMode == kFused) advance<kComplex>(own, w, x, b);
+            if (kMode != kEnds) {
+              float cc[kOwn];
+              load_own(own_c + i * step_c, cc);
+              sums[(i * p.lanes + s) * kChannels + c] = product<kComplex>(cc, h);
+            }
           }
-          decays<kComplex>(dt, rate, w);
-          advance<kComplex>(h, w, x, b);
-          if (kMode == kFused) advance<kComplex>(own, w, x, b);
-          if (kMode != kEnds) {
-            float cc[kOwn];
-            load_own(own_c + i * step_c, cc);
-            sums[(i * p.lanes + s) * kChannels + c] = product<kComplex>(cc, h);
-          }
+          passed += (times[0] + times[1]) + (times[2] + times[3]);
         }
-        passed += (times[0] + times[1]) + (times[2] + times[3]);
-      }
+      };
+      if (resets != 0 && !FD_MUTATED(kScanReset))
+        walk(std::true_type());
+      else
+        walk(std::false_type());
       if (kMode != kReplay) {
         float w[kOwn];
         const float nothing[kOwn] = {};

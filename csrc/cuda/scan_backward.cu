@@ -12,11 +12,20 @@
 // That doubles the exps, to 16 cycles of the exp unit per warp, beside some 25 instructions that have to be issued
 // anyway; to keep all states would cost 64 KB of shared memory per 128 threads.
 //
-// dB and dC are sums over channels, which are the lanes of a warp: 32 values of a thread (four steps, four states, two
-// gradients) become sums over the block's 32 (8) channels in 31 (28) shuffles, each of which halves what a lane still
-// has to add, and go to a workspace per block of channels; a second kernel adds the blocks in order. dA, dD and the
-// gradient of the bias are summed over the steps of a tile, then over tiles, then over samples, in order. What lanes of
-// a channel contribute to du and ddelta meets in shared memory, as in the forward pass.
+// dB and dC are sums over channels, which are the lanes of a warp: 16 values of a thread (four steps, four states),
+// first of dC, for which the states are enough, then of dB, become sums over the block's 32 (8) channels in 16 (14)
+// shuffles, of which all but the last halve what a lane still has to add, and go to a workspace per block of channels;
+// a second kernel adds the blocks in order. dA, dD and the gradient of the bias are summed over the steps of a tile,
+// then over tiles, then over samples, in order. What lanes of a channel contribute to du and ddelta meets in shared
+// memory, as in the forward pass.
+//
+// As there, operands of the next tile come to a stage by cp.async while this one is computed: u, delta, z, the gradient
+// of the output, B, C and the saved states. At N = 16: 128 threads, 128 registers, 62.1 KB of shared memory for 16-bit
+// operands (50.1 without the stage) and 72.1 for float32: three blocks of an SM of sm_90, two of sm_80, one of sm_86
+// and sm_89.
+//
+// L is not cut into segments: the gradient of the state would be carried from the last to the first as the state is,
+// but training has batches.
 //
 // Predicted at B8 D1536 L4096 N16, bf16: 0.9 ms for the walk (28 instructions per state and step), 0.1 ms for the 0.4
 // GB of partial sums of dB and dC. Performance: not measured.
@@ -141,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
                       [&](int i, int ch, float v) { tile_u[i * kPitch + ch] = v; });
       }
       if (p.ahead_delta.bytes > 0) {
-#pragma unroll 2
+#pragma unroll 1
         for (int i = s; i < padded4(count); i += p.lanes) {
           const float v = staged(stage, p.ahead_delta, a.delta.dtype, i * kChannels + c);
           tile_t[i * kPitch + c] = i < count && here ? step_size(a, v, bias) : 0.0f;
@@ -167,7 +176,7 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
         tile_g[i * kPitch + ch] = v;
       };
       if (p.ahead_grad.bytes > 0) {
-#pragma unroll 2
+#pragma unroll 1
         for (int i = s; i < padded4(count); i += p.lanes)
           enter(i, c, staged(stage, p.ahead_grad, a.grad_out.dtype, i * kChannels + c));
       } else {

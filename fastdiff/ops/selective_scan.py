@@ -24,14 +24,16 @@ channel (2 N for a complex A):
 - several directions: out and du are summed in float32, B L D floats each for 16-bit types; the gradient of a delta
   shared by all of them is first a float32 [B, K, L, D], that of a shared A, D or delta_bias K times its size.
 - on CUDA dB and dC are summed in parts of 32 channels (8 where R > 32) instead of 64, and several directions write an
-  output each before these are added: K B L D floats, and again for du in the backward pass.
+  output each before these are added: K B L D floats, and again for du in the backward pass. A long call with few
+  channels runs in up to 16 segments of L side by side: K B D (2 R + 1) floats for each (at most 17 MB for R = 16).
 
 On CUDA nothing is read by the host, so a call can be captured in a graph. An `order` that is no permutation is not
 noticed there: positions outside the sequence are moved to its nearest end, positions that come twice are written
 twice, and what is never visited is left unset.
 
 Accuracy (tests/test_selective_scan.py): on the CPU a decay is exact to 2.1e-7 relative besides the rounding of its
-exponent, and exactly 1 where delta or A is 0; on CUDA to 2.4e-7, likewise, and decays below 2^-126 are 0.
+exponent, and exactly 1 where delta or A is 0; on CUDA to 2.4e-7, likewise, and decays below 2^-126 are 0, as are step
+sizes that softplus makes smaller than that.
 """
 
 from __future__ import annotations
