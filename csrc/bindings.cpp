@@ -414,7 +414,7 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
          &Scan::D, &Scan::N, &Scan::complex, &Scan::softplus, &Scan::reverse, &Scan::constant_b, &Scan::constant_c,
          &Scan::threads, &Scan::scratch_size, &Scan::scratch, &Scan::u, &Scan::delta, &Scan::A, &Scan::Bm, &Scan::C,
          &Scan::skip, &Scan::delta_bias, &Scan::z, &Scan::initial, &Scan::order, &Scan::resets, &Scan::out, &Scan::last,
-         &Scan::states, &Scan::partial_out);
+         &Scan::states, &Scan::partial_out, &Scan::carries);
   kernel(m, "selective_scan_backward", &cpu::selective_scan_backward, FD_CUDA(selective_scan_backward), &Scan::B,
          &Scan::K, &Scan::G, &Scan::L, &Scan::D, &Scan::N, &Scan::complex, &Scan::softplus, &Scan::reverse,
          &Scan::constant_b, &Scan::constant_c, &Scan::threads, &Scan::scratch_size, &Scan::scratch, &Scan::u,
@@ -428,6 +428,7 @@ PYBIND11_MODULE(FASTDIFF_MODULE, m) {
   m.attr("scan_states") = kScanStates;
   m.attr("scan_cuda_states") = kScanCudaStates;
   m.def("scan_cuda_channels", [](int64_t rows) { return scan_cuda_channels(rows); });
+  m.def("scan_cuda_segments", [](int64_t L, int64_t tasks) { return scan_cuda_segments(L, tasks); });
   m.def("scan_scratch", [](int64_t rows) { return scan_scratch(rows); });
   m.def("scan_backward_scratch", [](int64_t rows) { return scan_backward_scratch(rows); });
 

@@ -203,6 +203,15 @@ constexpr int64_t kScanCudaStates = 128;  // and on CUDA
 // Channels that one block walks and sums dB and dC over on CUDA, for `rows` = N (* 2).
 static constexpr int64_t scan_cuda_channels(int64_t rows) { return rows <= 32 ? 32 : 8; }
 
+// Segments that CUDA cuts L into where the tasks of one sample (K G ceil(D / G / scan_cuda_channels)) are few: at most
+// 16, of at least four tiles, so that they can run side by side. The batch must not decide: it would show in the bits.
+static constexpr int64_t scan_cuda_segments(int64_t L, int64_t tasks) {
+  const int64_t tiles = (L + kScanSteps - 1) / kScanSteps, most = tiles / 4 < 16 ? tiles / 4 : 16;
+  if (tasks > 16 || most < 4) return 1;
+  const int64_t each = (tiles + most - 1) / most;
+  return (tiles + each - 1) / each;
+}
+
 // K scans over the same input u, their outputs summed; for one scan K = 1. In direction k, channel d, state n:
 //   t = delta + delta_bias, then softplus if asked for; a = exp(t A); h <- a h + t B u; y = <C, h> + skip u
 // and out = (sum over k of y) * silu(z). A complex A makes h complex and y = 2 Re <C, h> + skip u; complex operands are
@@ -228,6 +237,8 @@ struct Scan {
   float* states = nullptr;                 // out [B, K, ceil(L / kScanSteps), N (* 2), D] or null: every 32nd state
   float* partial_out = nullptr;            // CUDA: workspace [K, B L D] in the order of out's memory, null for K = 1;
                                            // threads and scratch are for the CPU
+  float* carries = nullptr;                // CUDA: workspace [B, K, segments, 2 N (* 2) + 1, D], or null: segments are
+                                           // taken one after the other
 };
 
 // Floats that one thread works in, forward and backward, for `rows` = N (* 2): per channel of a task A, constant B and

@@ -7,6 +7,7 @@ inputs; bits that must not depend on strides or the batch; and an order that is 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastdiff.ops import SPECS
 from fastdiff.ops._registry import tensors_in
 
 page = importlib.import_module("fastdiff.ops.selective_scan")  # the package has a function of that name
+EXP2_ERROR = {3: 1.02e-4, 4: 2.9e-6, 5: 1.6e-7}
 
 
 @pytest.fixture
@@ -127,6 +129,74 @@ def test_directions(emu: Emulator, D: int, L: int, layout: str) -> None:
     orders = torch.stack([torch.randperm(L, generator=g) for _ in range(K)])
     args = (u, delta, -randn(K, D, N).abs(), Bm, C, randn(K, D))
     check(args, {"orders": orders, "layout": layout, "delta_softplus": True}, "selective_scan_multi")
+
+
+def long(B: int = 2, L: int = 500, **options: Any) -> Any:
+    """A call that is cut along L, and whose first steps are still felt in the last: slow decays, one restart."""
+    args, kwargs = call(B, L=L, **options)
+    args[2].mul_(0.004)
+    kwargs["resets"] = torch.zeros(L, dtype=torch.bool)
+    kwargs["resets"][kwargs["order"][L // 3]] = True
+    return args, kwargs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "bdl", "L": 545, "constant": "B"},
+        {"is_complex": True, "N": 3, "L": 512},
+        {"D": 34, "groups": 2, "dtype": torch.bfloat16, "L": 513},
+    ],
+    ids=["plain", "channels first", "complex", "groups"],
+)
+def test_segments(emu: Emulator, options: dict[str, Any]) -> None:
+    """Side by side and one after the other: the same bits, and right ones."""
+    args, kwargs = long(**options)
+    apart = ops.selective_scan(*args, **kwargs)
+    assert emu.last_kernel().endswith("kReplay>)")
+    emu.multiprocessors(1)
+    together = ops.selective_scan(*args, **kwargs)
+    assert emu.last_kernel().endswith("kFused>)")
+    for a, b in zip(apart, together, strict=True):
+        assert torch.equal(a, b)
+    check(*long(1, **options))
+
+
+@pytest.mark.parametrize("processors", [1, 4])
+def test_segments_of_one_sample_do_not_depend_on_the_batch(emu: Emulator, processors: int) -> None:
+    args, kwargs = long(3)
+    emu.multiprocessors(processors)
+    whole = ops.selective_scan(*args, **kwargs)
+    emu.multiprocessors(4)
+    one = SPECS["selective_scan"].take(2, args, kwargs)
+    for a, b in zip(whole, ops.selective_scan(*one[0], **one[1]), strict=True):
+        assert torch.equal(a[2:], b)
+
+
+def test_powers_of_two_without_the_special_function_unit(emu: Emulator) -> None:
+    """The errors that csrc/cuda/exp2.cuh states for degrees 3, 4, 5: relative, against float64."""
+    x = torch.cat([torch.linspace(-126, 126, 3072), torch.linspace(-1, 1, 1019), torch.tensor([0.0, 128, -200, -1e38])])
+    x = torch.cat([x, torch.tensor([math.nan])])
+    found = emu.probe("powers_of_two", 4 * 4096, x).view(4, 4096)[1:].double()
+    want = torch.exp2(x.double())
+    for degree, got in zip((3, 4, 5), found, strict=True):
+        error = (got / want - 1)[:-5].abs().max().item()
+        print(f"degree {degree}: {error:.3g} = {error * 2**24:.3g} units of 2^-24")
+        assert EXP2_ERROR[degree] / 2 < error <= EXP2_ERROR[degree]
+        assert got[-5:].nan_to_num(nan=-1, posinf=math.inf).tolist() == [1, math.inf, 0, 0, -1]
+
+
+def test_softplus_is_within_its_stated_error(emu: Emulator) -> None:
+    """One step of A = 0, B = C = u = 1: y = softplus(delta). Units of 2^-24, and the rounding of y."""
+    x = torch.cat([torch.linspace(-80, 30, 1021), torch.tensor([0.0, -math.inf, math.nan])])
+    one = torch.ones(1, 1, 1024)
+    y = ops.selective_scan(one, x.view(1, 1, -1), torch.zeros(1024, 1), one[..., :1], one[..., :1], delta_softplus=True,
+                           layout="bld").flatten().double()  # fmt: skip
+    want = torch.nn.functional.softplus(x.double(), threshold=1e3)
+    error = (y / want - 1)[:-2].abs() * 2**24
+    assert (error <= 7 + x[:-2].double().clamp(max=0).abs() * 4 / 3).all(), error.max()
+    assert y[-2:].nan_to_num(nan=-1).tolist() == [0, -1]
 
 
 def bits(args: Any, kwargs: Any) -> list[torch.Tensor]:

@@ -48,16 +48,24 @@
   X(kHopperWait)   /* results touched while products run */   \
   X(kHopperShrink) /* sums not shrunk when the maximum grows */
 
-#define FD_SCAN_MUTATIONS(X)                                                     \
-  X(kScanTurn)        /* the next tile's positions replace those still in use */ \
-  X(kScanTileBarrier) /* steps are taken before their tile is there */           \
-  X(kScanSumBarrier)  /* the lanes of a channel are added too early */           \
-  X(kScanOutBarrier)  /* outputs are stored before they are there */             \
-  X(kScanReset)       /* the state goes on where it should restart */            \
-  X(kBackTurn)        /* as forward */                                           \
-  X(kBackTileBarrier)                                                            \
-  X(kBackSumBarrier)                                                             \
-  X(kBackOutBarrier)                                                             \
+#define FD_SCAN_MUTATIONS(X)                                                      \
+  X(kScanTurn)         /* the next tile's positions replace those still in use */ \
+  X(kScanStageBarrier) /* a tile is overwritten while its outputs are stored */   \
+  X(kScanAhead)        /* operands are asked for at the positions of this tile */ \
+  X(kScanGateWait)     /* the gate is used before it has come */                  \
+  X(kScanTileBarrier)  /* the barrier stands before the tile is written */        \
+  X(kScanSumBarrier)   /* the lanes of a channel are added too early */           \
+  X(kScanOutBarrier)   /* outputs are stored before they are there */             \
+  X(kScanReset)        /* the state goes on where it should restart */            \
+  X(kScanCarryReset)   /* a restart in a segment does not end what was before */  \
+  X(kScanCarry)        /* a segment begins with zeros */                          \
+  X(kScanRestarted)    /* one restart cuts all later segments off */              \
+  X(kBackTurn)         /* as forward */                                           \
+  X(kBackStageBarrier)                                                            \
+  X(kBackAhead)                                                                   \
+  X(kBackTileBarrier)                                                             \
+  X(kBackSumBarrier)                                                              \
+  X(kBackOutBarrier)                                                              \
   X(kBackSumTurn) /* one buffer of sums: the next four steps overwrite it */
 
 #define FD_CONV_MUTATIONS(X)                                                             \

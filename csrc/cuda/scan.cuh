@@ -1,9 +1,9 @@
 // What the two passes of the selective scan on CUDA share: who holds which states, tiles of 32 steps in shared memory,
 // decays, softplus, and sine and cosine for a complex A. scan.cu says why it is done this way.
 #pragma once
-#include "mma.cuh"
+#include "exp2.cuh"
 #include "reduce.cuh"
-#include "vec.cuh"
+#include "scan_stage.cuh"
 
 namespace fastdiff {
 namespace cuda {
@@ -23,12 +23,17 @@ enum Path : int8_t {
 
 // A block serves `channels` channels of one group, one direction and one sample, with `lanes` threads per channel.
 struct Plan {
-  int rows;              // floats of state per channel
-  int lanes;             // threads per channel
-  int pitch;             // floats from one row of B or C to the next in shared memory: 4 lanes + 4
-  int64_t size, blocks;  // channels of a group, blocks that share them
-  int64_t tasks;         // blocks in all
+  int rows;                   // floats of state per channel
+  int lanes;                  // threads per channel
+  int pitch;                  // floats from one row of B or C to the next in shared memory: 4 lanes + 4
+  int64_t size, blocks;       // channels of a group, blocks that share them
+  int64_t tasks;              // blocks in all
+  int64_t segments, segment;  // forward: of L, see scan.cu; steps of one
   int8_t u, delta, z, out, b, c, grad, du, ddelta, dz;
+  Ahead ahead_u, ahead_delta, ahead_z, ahead_b, ahead_c, ahead_grad;
+  int32_t ahead_state;  // backward: where the next saved state stands in the stage; -1: it is read when it is due
+  int32_t stage;        // bytes
+  int32_t across;       // lanes, as row_and_column takes them
 };
 
 inline int8_t path_of(const Strided& v, int64_t sl, int64_t sc, bool whole) {
@@ -44,6 +49,16 @@ inline int8_t path_of(const Strided& v, int64_t sl, int64_t sc, bool whole) {
   return ones == 1 ? kAcross4 : kAcross;
 }
 
+// B or C, of a complex A with its pairs, where they are whole, as so many columns.
+inline bool pairs(const Scan& a, const Strided& m) { return a.complex && m.s[4] == 2 && m.s[5] == 1; }
+inline Strided flat(const Scan& a, Strided m) {
+  if (pairs(a, m)) m.s[4] = 1, m.s[5] = 0;
+  return m;
+}
+inline int64_t states_apart(const Scan& a, const Strided& m) {  // 0: not columns at all
+  return pairs(a, m) ? 1 : m.s[4] == 1 && a.complex ? 0 : m.s[4];
+}
+
 inline Plan plan_of(const Scan& a) {
   Plan p = {};
   p.rows = static_cast<int>(a.N) * (a.complex ? 2 : 1);
@@ -53,18 +68,38 @@ inline Plan plan_of(const Scan& a) {
   p.pitch = kOwn * p.lanes + 4;
   p.size = a.D / a.G, p.blocks = (p.size + channels - 1) / channels;
   p.tasks = a.B * a.K * a.G * p.blocks;
+  const int64_t tiles = (a.L + kSteps - 1) / kSteps;
+  p.segments = scan_cuda_segments(a.L, a.K * a.G * p.blocks),
+  p.segment = (tiles + p.segments - 1) / p.segments * kSteps;
   const bool whole = a.G == 1 || p.size % 4 == 0;  // a group's first channel is aligned like the first of all
   p.u = path_of(a.u, a.u.s[1], a.u.s[2], whole), p.delta = path_of(a.delta, a.delta.s[2], a.delta.s[3], whole);
   p.z = path_of(a.z, a.z.s[1], a.z.s[2], whole), p.out = path_of(a.out, a.out.s[1], a.out.s[2], whole);
   const auto projection = [&](const Strided& m, bool constant) {
-    if (constant) return static_cast<int8_t>(kAcross);
-    const bool pairs = a.complex && m.s[4] == 2 && m.s[5] == 1;
-    Strided flat = m;
-    if (pairs) flat.s[4] = 1, flat.s[5] = 0;
-    return path_of(flat, m.s[3], pairs ? 1 : m.s[4] == 1 && a.complex ? 0 : m.s[4], p.rows % 4 == 0);
+    return constant ? static_cast<int8_t>(kAcross) : path_of(flat(a, m), m.s[3], states_apart(a, m), p.rows % 4 == 0);
   };
   p.b = projection(a.Bm, a.constant_b), p.c = projection(a.C, a.constant_c);
   return p;
+}
+
+// What comes ahead, beside `used` bytes of shared memory. `grad`: the backward pass, which needs the saved states too.
+inline void plan_ahead(const Scan& a, const Strided* grad, int64_t used, Plan* p) {
+  const int64_t channels = scan_cuda_channels(p->rows), states = kOwn * p->lanes, start = a.G == 1 ? 0 : p->size;
+  const auto whole = [&](const Strided& v, int64_t sc) {
+    return reserve(v, piece_of(v, sc, start, channels), channels, used, &p->stage);
+  };
+  p->ahead_u = whole(a.u, a.u.s[2]), p->ahead_delta = whole(a.delta, a.delta.s[3]);
+  p->ahead_z = whole(a.z, a.z.s[2]);
+  p->ahead_state = -1, p->across = across_of(p->lanes);
+  if (grad != nullptr) {
+    p->ahead_grad = whole(*grad, grad->s[2]);
+    const int64_t bytes = channels * states * static_cast<int64_t>(sizeof(float));
+    if (used + p->stage + bytes <= kStageLimit) p->ahead_state = p->stage, p->stage += static_cast<int32_t>(bytes);
+  }
+  const auto projection = [&](const Strided& m, bool constant) {
+    const int bytes = constant ? 0 : piece_of(flat(a, m), states_apart(a, m), 0, states);
+    return reserve(m, bytes, states, used, &p->stage);
+  };
+  p->ahead_b = projection(a.Bm, a.constant_b), p->ahead_c = projection(a.C, a.constant_c);
 }
 
 // ------------------------------------------------------------------------------------------------------------- tasks
@@ -87,12 +122,24 @@ FD_D Task task_of(const Scan& a, const Plan& p, int64_t index) {
 }
 
 // Positions of the steps of a tile, and where the state restarts. Two of each, taking turns from tile to tile: the end
-// of one tile and the beginning of the next overlap.
+// of one tile and the beginning of the next overlap. And where the operands of a task begin, which would cost
+// registers.
+enum Operand { kU, kDelta, kZ, kB, kC, kGrad, kSums, kOperands };  // kSums: steps in partial_b and partial_c
 struct Steps {
   int64_t position[2][kSteps];
+  int64_t base[kOperands];
   uint32_t resets[2];
-  uint32_t unused[2];
 };
+static_assert(sizeof(Steps) % 16 == 0, "tiles are read 16 bytes at a time");
+
+// By the first thread. B and C only where they depend on the step.
+FD_D void begin_task(const Scan& a, const Task& t, Steps* s) {
+  if (threadIdx.x != 0) return;
+  s->base[kU] = t.b * a.u.s[0] + t.first * a.u.s[2], s->base[kZ] = t.b * a.z.s[0] + t.first * a.z.s[2];
+  s->base[kDelta] = t.b * a.delta.s[0] + t.k * a.delta.s[1] + t.first * a.delta.s[3];
+  s->base[kB] = t.b * a.Bm.s[0] + t.k * a.Bm.s[1] + t.g * a.Bm.s[2];
+  s->base[kC] = t.b * a.C.s[0] + t.k * a.C.s[1] + t.g * a.C.s[2];
+}
 
 // By the first warp. A position outside [0, L), which no permutation holds, is moved to the nearest end: nothing is
 // read or written outside the tensors whatever `order` holds, and the host need not look at it.
@@ -132,11 +179,12 @@ FD_D void put_element(const Strided& m, int64_t offset, float value) {
 
 // Calls put(i, c, value) for `width` columns of every step of the tile and, with zeros, of the steps up to a multiple
 // of four and the columns from `cols` on. Element (i, c) is at base + position[i] sl + c sc.
-template <typename Put>
+// What `ask` can bring comes ahead if there is room; kFours: if not, four columns with one load.
+template <bool kFours, typename Put>
 FD_D void gather(const Strided& m, int path, int64_t base, int64_t sl, int64_t sc, const int64_t* position, int count,
                  int cols, int width, Put put) {
   const int threads = static_cast<int>(blockDim.x), rows = padded4(count);
-  if (path == kAcross4) {
+  if (kFours && path == kAcross4) {
     const int across = width / 4;
 #pragma unroll 2
     for (int e = static_cast<int>(threadIdx.x); e < rows * across; e += threads) {
@@ -170,14 +218,16 @@ FD_D void gather(const Strided& m, int path, int64_t base, int64_t sl, int64_t s
   }
 }
 
+// The place of B or C of a task's first state.
+FD_D int64_t projection_base(const Strided& m, const Task& t) { return t.b * m.s[0] + t.k * m.s[1] + t.g * m.s[2]; }
+
 // B or C into shared memory. Of every step, [kSteps, pitch]; constant: of every channel, [channels, pitch].
 template <int kChannels, bool kComplex>
-FD_D void gather_projection(float* to, const Strided& m, int path, const Scan& a, const Plan& p, const Task& t,
-                            const int64_t* position, int count) {
-  const int64_t base = t.b * m.s[0] + t.k * m.s[1] + t.g * m.s[2];
+FD_D void gather_projection(float* to, const Strided& m, int path, int64_t base, const Plan& p, const int64_t* position,
+                            int count) {
   const auto put = [&](int i, int r, float v) { to[i * p.pitch + r] = v; };
   if constexpr (kComplex) {
-    if (path == kAcross4) return gather(m, path, base, m.s[3], 1, position, count, p.rows, kOwn * p.lanes, put);
+    if (path == kAcross4) return gather<true>(m, path, base, m.s[3], 1, position, count, p.rows, kOwn * p.lanes, put);
     const int width = kOwn * p.lanes;
     for (int e = static_cast<int>(threadIdx.x); e < padded4(count) * width; e += static_cast<int>(blockDim.x)) {
       const int i = e / width, r = e % width;
@@ -185,7 +235,7 @@ FD_D void gather_projection(float* to, const Strided& m, int path, const Scan& a
       put(i, r, there ? element(m, base + position[i] * m.s[3] + r / 2 * m.s[4] + r % 2 * m.s[5]) : 0.0f);
     }
   } else {
-    gather(m, path, base, m.s[3], m.s[4], position, count, p.rows, kOwn * p.lanes, put);
+    gather<true>(m, path, base, m.s[3], m.s[4], position, count, p.rows, kOwn * p.lanes, put);
   }
 }
 template <int kChannels, bool kComplex>
@@ -196,6 +246,18 @@ FD_D void gather_constant(float* to, const Strided& m, const Plan& p, const Task
     const bool there = c < t.cols && r < p.rows;
     to[c * p.pitch + r] = there ? element(m, t.k * m.s[0] + (t.first + c) * m.s[1] + n * m.s[2] + part * m.s[3]) : 0.0f;
   }
+}
+
+// What of B or C a tile needs, from the stage or from memory.
+template <int kChannels, bool kComplex>
+FD_D void bring_projection(float* to, const char* stage, const Ahead& ahead, const Strided& m, bool constant, int path,
+                           int64_t base, const Plan& p, const Task& t, const int64_t* position, int count, bool first) {
+  if (ahead.bytes > 0)
+    unpack(stage, ahead, m.dtype, padded4(count), p.lanes, p.across, to, p.pitch);
+  else if (!constant)
+    gather_projection<kChannels, kComplex>(to, m, path, base, p, position, count);
+  else if (first)
+    gather_constant<kChannels, kComplex>(to, m, p, t);
 }
 
 // The other way: get(i, c) of every step and channel of the tile to its place.
@@ -227,10 +289,25 @@ FD_D void scatter(const Strided& m, int path, int64_t base, int64_t sl, int64_t 
 
 // -------------------------------------------------------------------------------------------------------- functions
 
-// x where x > 20, else log(1 + exp x); NaN stays.
-FD_D float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+// log(1 + exp x) = max(x, 0) + log(1 + e), e = exp -|x|; the logarithm is e times a polynomial that is 1 at 0. Relative
+// error 7 + 4/3 |x| units of 2^-24 for negative x, where rounding x itself is |x| units; less for positive, and above
+// 17 it is x. Below -87 it is 0. NaN stays.
+FD_D float softplus(float x) {
+  const float e = exp2_fast(-kLog2e * fabsf(x));
+  float p = fmaf(0.005364824552088976f, e, -0.03006579354405403f);
+  p = fmaf(p, e, 0.07920453697443008f);
+  p = fmaf(p, e, -0.13753803074359894f);
+  p = fmaf(p, e, 0.191536545753479f);
+  p = fmaf(p, e, -0.24857163429260254f);
+  p = fmaf(p, e, 0.3332132399082184f);
+  p = fmaf(p, e, -0.49999648332595825f);
+  p = fmaf(p, e, 1.0f);
+  return fmaf(p, e, x > 0.0f ? x : 0.0f);
+}
 
 FD_D float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+FD_D float gated(float y, float z) { return y * z * sigmoid(z); }
 
 // Sine and cosine. x = n pi/2 + r with three constants whose products with n are exact up to n = 2^13; beyond that in
 // double, where r is right to 2^-52 |x|, much less than the last place of x. Error about 1 ulp of 1. (CUDA's sincosf
@@ -264,6 +341,24 @@ FD_D void sine_cosine(float x, float* s, float* c) {
   *c = (k + 1) & 2 ? -second : second;
 }
 
+// The step size that delta and its bias make.
+FD_D float step_size(const Scan& a, float delta, float bias) {
+  if (a.delta_bias.data != nullptr) delta += bias;
+  return a.softplus ? softplus(delta) : delta;
+}
+// Of [K, D] an element, or 0.
+FD_D float of_channel(const Strided& m, const Task& t, int c) {
+  return m.data != nullptr && c < t.cols ? element(m, t.k * m.s[0] + (t.first + c) * m.s[1]) : 0.0f;
+}
+
+// Of a thread's four states, whose decays leave the special function unit alone (exp2.cuh). The scan is short of issue
+// slots before it is short of that unit (scan.cu), so none by default; -DFASTDIFF_SCAN_RELIEF=1 ... 4 is for a device
+// that a measurement shows to be otherwise.
+#ifndef FASTDIFF_SCAN_RELIEF
+#define FASTDIFF_SCAN_RELIEF 0
+#endif
+constexpr int kRelief = FASTDIFF_SCAN_RELIEF;
+
 // exp(dt A) of a thread's states; `rate` is A times log2 e, of a complex A only the real part.
 template <bool kComplex>
 FD_D void decays(float dt, const float (&rate)[kOwn], float (&w)[kOwn]) {
@@ -277,7 +372,7 @@ FD_D void decays(float dt, const float (&rate)[kOwn], float (&w)[kOwn]) {
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kOwn; ++j) w[j] = exp2_fast(dt * rate[j]);
+    for (int j = 0; j < kOwn; ++j) w[j] = j < kRelief ? exp2_poly<5>(dt * rate[j]) : exp2_fast(dt * rate[j]);
   }
 }
 
@@ -329,6 +424,18 @@ template <bool kComplex>
 FD_D int64_t state_offset(const Strided& m, const Task& t, int64_t d, int r) {
   const int n = kComplex ? r / 2 : r, part = kComplex ? r % 2 : 0;
   return t.b * m.s[0] + t.k * m.s[1] + d * m.s[2] + n * m.s[3] + part * m.s[4];
+}
+
+// h <- end, the state after a segment that began with zeros, plus what of h the segment leaves; `decay` is the product
+// of its decays.
+template <bool kComplex>
+FD_D void carry(float (&h)[kOwn], const float (&decay)[kOwn], bool restarted, const float (&end)[kOwn]) {
+  if ((restarted && !FD_MUTATED(kScanCarryReset)) || FD_MUTATED(kScanCarry)) {  // an infinite h goes no further
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) h[j] = end[j];
+  } else {
+    advance<kComplex>(h, decay, 1.0f, end);
+  }
 }
 
 // Where the saved state of a chunk begins for a thread: states r, r + 1, ... are D apart.

@@ -12,11 +12,20 @@
 // That doubles the exps, to 16 cycles of the exp unit per warp, beside some 25 instructions that have to be issued
 // anyway; to keep all states would cost 64 KB of shared memory per 128 threads.
 //
-// dB and dC are sums over channels, which are the lanes of a warp: 32 values of a thread (four steps, four states, two
-// gradients) become sums over the block's 32 (8) channels in 31 (28) shuffles, each of which halves what a lane still
-// has to add, and go to a workspace per block of channels; a second kernel adds the blocks in order. dA, dD and the
-// gradient of the bias are summed over the steps of a tile, then over tiles, then over samples, in order. What lanes of
-// a channel contribute to du and ddelta meets in shared memory, as in the forward pass.
+// dB and dC are sums over channels, which are the lanes of a warp: 16 values of a thread (four steps, four states),
+// first of dC, for which the states are enough, then of dB, become sums over the block's 32 (8) channels in 16 (14)
+// shuffles, of which all but the last halve what a lane still has to add, and go to a workspace per block of channels;
+// a second kernel adds the blocks in order. dA, dD and the gradient of the bias are summed over the steps of a tile,
+// then over tiles, then over samples, in order. What lanes of a channel contribute to du and ddelta meets in shared
+// memory, as in the forward pass.
+//
+// As there, operands of the next tile come to a stage by cp.async while this one is computed: u, delta, z, the gradient
+// of the output, B, C and the saved states. At N = 16: 128 threads, 128 registers, 62.1 KB of shared memory for 16-bit
+// operands (50.1 without the stage) and 72.1 for float32: three blocks of an SM of sm_90, two of sm_80, one of sm_86
+// and sm_89.
+//
+// L is not cut into segments: the gradient of the state would be carried from the last to the first as the state is,
+// but training has batches.
 //
 // Predicted at B8 D1536 L4096 N16, bf16: 0.9 ms for the walk (28 instructions per state and step), 0.1 ms for the 0.4
 // GB of partial sums of dB and dC. Performance: not measured.
@@ -28,16 +37,21 @@ namespace {
 
 constexpr int kQuarter = 4;                   // steps that are undone together
 constexpr int kQuarters = kSteps / kQuarter;  // of a tile
-constexpr int kValues = 2 * kQuarter * kOwn;  // parts of dB, then of dC: [kQuarter, kOwn] each
+constexpr int kValues = kQuarter * kOwn;      // parts of dB, or of dC, of a thread
 
-// v[j] of lane l becomes the sum over all lanes of the same 32 / kChannels-th ... of one value each: lane l % kChannels
-// holds values (l % kChannels) kValues / kChannels and on. Sums are trees over the channels.
+// v of the block's channels, which are lanes of a warp, summed in trees over the channels. Each shuffle halves what a
+// lane still has to add: lane c keeps values c kValues / kChannels and on, of which there are at least one; where there
+// are fewer values than channels, kChannels / kValues lanes keep the same.
 template <int kChannels>
 FD_D void sum_channels(float (&v)[kValues]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   int left = kValues;
 #pragma unroll
   for (int offset = kChannels / 2; offset > 0; offset /= 2) {
+    if (left == 1) {
+      v[0] += __shfl_xor_sync(kFullWarp, v[0], offset);
+      continue;
+    }
     left /= 2;
     const bool upper = (lane & offset) != 0;
 #pragma unroll
@@ -65,13 +79,14 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
   float* const tile_t = tile_u + kSteps * kPitch;           // later ddelta
   float* const tile_g = tile_t + kSteps * kPitch;           // gy
   float* const tile_z = tile_g + kSteps * kPitch;           // gout silu'(z), later dz
+  char* const stage = reinterpret_cast<char*>(tile_z + kSteps * kPitch);
 
   const int tid = static_cast<int>(threadIdx.x), c = tid % kChannels, s = tid / kChannels;
   const bool const_b = kConstants && a.constant_b, const_c = kConstants && a.constant_c;
   const float* const own_b = tile_b + s * kOwn + (const_b ? c * p.pitch : 0);
   const float* const own_c = tile_c + s * kOwn + (const_c ? c * p.pitch : 0);
   const int step_b = const_b ? 0 : p.pitch, step_c = const_c ? 0 : p.pitch;
-  const int64_t chunks = (a.L + kSteps - 1) / kSteps;
+  const int chunks = static_cast<int>((a.L + kSteps - 1) / kSteps);
   const bool gated = a.z.data != nullptr;
   int turn = 0;
   for (int64_t index = blockIdx.x; index < p.tasks; index += gridDim.x) {
@@ -88,55 +103,101 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
     }
     Strided du = a.du;
     if (a.partial_du != nullptr) du.data = a.partial_du + t.k * a.B * a.L * a.D;
-    const int64_t slot = (((t.b * a.K + t.k) * a.G + t.g) * p.blocks + t.block) * a.L;
+    const float bias = of_channel(a.delta_bias, t, c);
+    const auto count_at = [&](int chunk) {
+      const int64_t left = a.L - static_cast<int64_t>(chunk) * kSteps;
+      return left < kSteps ? static_cast<int>(left) : kSteps;
+    };
+    const auto ask_tile = [&](int chunk, const int64_t* position) {
+      const int count = count_at(chunk);
+      ask(stage, p.ahead_u, a.u, steps->base[kU], a.u.s[1], position, count, t.cols, kChannels);
+      ask(stage, p.ahead_delta, a.delta, steps->base[kDelta], a.delta.s[2], position, count, t.cols, kChannels);
+      ask(stage, p.ahead_z, a.z, steps->base[kZ], a.z.s[1], position, count, t.cols, kChannels);
+      ask(stage, p.ahead_grad, a.grad_out, steps->base[kGrad], a.grad_out.s[1], position, count, t.cols, kChannels);
+      ask(stage, p.ahead_b, a.Bm, steps->base[kB], a.Bm.s[3], position, count, p.rows, kOwn * p.lanes);
+      ask(stage, p.ahead_c, a.C, steps->base[kC], a.C.s[3], position, count, p.rows, kOwn * p.lanes);
+      if (p.ahead_state >= 0 && here) {
+        const float* const saved = a.states + saved_offset(a, p, t, chunk, s * kOwn, d);
+        float* const to = reinterpret_cast<float*>(stage + p.ahead_state) + tid;
+#pragma unroll
+        for (int j = 0; j < kOwn; ++j)
+          if (s * kOwn + j < p.rows) copy_async<4>(to + j * threads, saved + j * a.D);
+      }
+      commit_copies();
+    };
+    begin_task(a, t, steps);
+    if (tid == 0) {
+      steps->base[kGrad] = t.b * a.grad_out.s[0] + t.first * a.grad_out.s[2];
+      steps->base[kSums] = (((t.b * a.K + t.k) * a.G + t.g) * p.blocks + t.block) * a.L;
+    }
+    if (chunks > 0) visit(a, t, static_cast<int64_t>(chunks - 1) * kSteps, count_at(chunks - 1), turn, steps);
+    __syncthreads();
+    if (chunks > 0) ask_tile(chunks - 1, steps->position[turn]);
 
-    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-      const int64_t first = chunk * kSteps;
-      const int count = static_cast<int>(a.L - first < kSteps ? a.L - first : kSteps);
-      turn ^= FD_MUTATED(kBackTurn) ? 0 : 1;
+    for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+      const int count = count_at(chunk), next = FD_MUTATED(kBackTurn) ? turn : turn ^ 1;
       const int64_t* const position = steps->position[turn];
-      visit(a, t, first, count, turn, steps);
-      __syncthreads();
-      gather(a.u, p.u, t.b * a.u.s[0] + t.first * a.u.s[2], a.u.s[1], a.u.s[2], position, count, t.cols, kChannels,
-             [&](int i, int ch, float v) { tile_u[i * kPitch + ch] = v; });
-      gather(a.delta, p.delta, t.b * a.delta.s[0] + t.k * a.delta.s[1] + t.first * a.delta.s[3], a.delta.s[2],
-             a.delta.s[3], position, count, t.cols, kChannels, [&](int i, int ch, float v) {
-               if (i < count && ch < t.cols) {
-                 if (a.delta_bias.data != nullptr)
-                   v += element(a.delta_bias, t.k * a.delta_bias.s[0] + (t.first + ch) * a.delta_bias.s[1]);
-                 if (a.softplus) v = softplus(v);
-               }
-               tile_t[i * kPitch + ch] = v;
-             });
-      const int64_t base_z = t.b * a.z.s[0] + t.first * a.z.s[2];
-      gather(a.grad_out, p.grad, t.b * a.grad_out.s[0] + t.first * a.grad_out.s[2], a.grad_out.s[1], a.grad_out.s[2],
-             position, count, t.cols, kChannels, [&](int i, int ch, float v) {
-               if (gated) {
-                 float z = 0;
-                 if (i < count && ch < t.cols) z = element(a.z, base_z + position[i] * a.z.s[1] + ch * a.z.s[2]);
-                 const float gate = sigmoid(z);
-                 tile_z[i * kPitch + ch] = v * gate * fmaf(z, 1.0f - gate, 1.0f);
-                 v *= z * gate;
-               }
-               tile_g[i * kPitch + ch] = v;
-             });
-      if (!const_b)
-        gather_projection<kChannels, kComplex>(tile_b, a.Bm, p.b, a, p, t, position, count);
-      else if (chunk == chunks - 1)
-        gather_constant<kChannels, kComplex>(tile_b, a.Bm, p, t);
-      if (!const_c)
-        gather_projection<kChannels, kComplex>(tile_c, a.C, p.c, a, p, t, position, count);
-      else if (chunk == chunks - 1)
-        gather_constant<kChannels, kComplex>(tile_c, a.C, p, t);
+      const uint32_t resets = steps->resets[turn];
+      wait_copies<0>();
+      FD_BARRIER(kBackStageBarrier);  // all of the tile has come, and nobody reads the last one any more
+      if (chunk > 0) visit(a, t, static_cast<int64_t>(chunk - 1) * kSteps, kSteps, next, steps);
+      if (FD_MUTATED(kBackTileBarrier)) __syncthreads();
+      if (p.ahead_u.bytes > 0) {
+        for (int i = s; i < padded4(count); i += p.lanes)
+          tile_u[i * kPitch + c] = staged(stage, p.ahead_u, a.u.dtype, i * kChannels + c);
+      } else {
+        gather<false>(a.u, p.u, steps->base[kU], a.u.s[1], a.u.s[2], position, count, t.cols, kChannels,
+                      [&](int i, int ch, float v) { tile_u[i * kPitch + ch] = v; });
+      }
+      if (p.ahead_delta.bytes > 0) {
+#pragma unroll 1
+        for (int i = s; i < padded4(count); i += p.lanes) {
+          const float v = staged(stage, p.ahead_delta, a.delta.dtype, i * kChannels + c);
+          tile_t[i * kPitch + c] = i < count && here ? step_size(a, v, bias) : 0.0f;
+        }
+      } else {
+        gather<false>(a.delta, p.delta, steps->base[kDelta], a.delta.s[2], a.delta.s[3], position, count, t.cols,
+                      kChannels, [&](int i, int ch, float v) {
+                        tile_t[i * kPitch + ch] =
+                            i < count && ch < t.cols ? step_size(a, v, of_channel(a.delta_bias, t, ch)) : 0.0f;
+                      });
+      }
+      const auto enter = [&](int i, int ch, float v) {  // the gradient of the output
+        if (gated) {
+          float z = 0;
+          if (p.ahead_z.bytes > 0)
+            z = staged(stage, p.ahead_z, a.z.dtype, i * kChannels + ch);
+          else if (i < count && ch < t.cols)
+            z = element(a.z, steps->base[kZ] + position[i] * a.z.s[1] + ch * a.z.s[2]);
+          const float gate = sigmoid(z);
+          tile_z[i * kPitch + ch] = v * gate * fmaf(z, 1.0f - gate, 1.0f);
+          v *= z * gate;
+        }
+        tile_g[i * kPitch + ch] = v;
+      };
+      if (p.ahead_grad.bytes > 0) {
+#pragma unroll 1
+        for (int i = s; i < padded4(count); i += p.lanes)
+          enter(i, c, staged(stage, p.ahead_grad, a.grad_out.dtype, i * kChannels + c));
+      } else {
+        gather<false>(a.grad_out, p.grad, steps->base[kGrad], a.grad_out.s[1], a.grad_out.s[2], position, count, t.cols,
+                      kChannels, enter);
+      }
+      bring_projection<kChannels, kComplex>(tile_b, stage, p.ahead_b, a.Bm, const_b, p.b, steps->base[kB], p, t,
+                                            position, count, chunk == chunks - 1);
+      bring_projection<kChannels, kComplex>(tile_c, stage, p.ahead_c, a.C, const_c, p.c, steps->base[kC], p, t,
+                                            position, count, chunk == chunks - 1);
       float h[kOwn] = {};
       if (here) {
         const float* const saved = a.states + saved_offset(a, p, t, chunk, s * kOwn, d);
+        const float* const came = reinterpret_cast<const float*>(stage + p.ahead_state) + tid;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j)
-          if (s * kOwn + j < p.rows) h[j] = saved[j * a.D];
+          if (s * kOwn + j < p.rows) h[j] = p.ahead_state >= 0 ? came[j * threads] : saved[j * a.D];
       }
       FD_BARRIER(kBackTileBarrier);
-      const uint32_t resets = steps->resets[turn];
+      if (chunk > 0) ask_tile(chunk - 1, steps->position[FD_MUTATED(kBackAhead) ? turn : next]);
+      turn = next;
 
       // Forward, up to the last four steps.
       const int quarters = padded4(count) / kQuarter;
@@ -183,16 +244,42 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
             sum_y[j * threads + tid] = product<kComplex>(cc, after[j]);
           }
         }
-        // And back.
+        // Adds the values of all channels, and stores the sums of the quarter's steps.
+        const auto sum_up = [&](float (&v)[kValues], float* to) {
+          if (t.cols < kChannels && !here) {  // zero times an infinite B or C is not zero
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) v[k] = 0;
+          }
+          sum_channels<kChannels>(v);
+          constexpr int kLeft = kValues > kChannels ? kValues / kChannels : 1, kSame = kChannels * kLeft / kValues;
+          const int value = c / kSame * kLeft, i = q * kQuarter + value / kOwn;
+          if (i >= count || c % kSame != 0) return;
+          float* const at = to + (steps->base[kSums] + position[i]) * p.rows + s * kOwn + value % kOwn;
+#pragma unroll
+          for (int k = 0; k < kLeft; ++k)
+            if (s * kOwn + value % kOwn + k < p.rows) at[k] = v[k];
+        };
+        // dC needs the states only.
         float v[kValues];
+#pragma unroll
+        for (int j = 0; j < kQuarter; ++j) {
+          const int i = q * kQuarter + j;
+          const float g = i >= count ? 0.0f : kComplex ? 2.0f * tile_g[i * kPitch + c] : tile_g[i * kPitch + c];
+#pragma unroll
+          for (int n = 0; n < kOwn; ++n) {
+            v[j * kOwn + n] = i >= count ? 0.0f : (kComplex && n % 2 ? -g : g) * after[j][n];
+            if constexpr (kConstants) dc[n] += v[j * kOwn + n];
+          }
+        }
+        if (!const_c) sum_up(v, a.partial_c);
+        // And back.
 #pragma unroll
         for (int j = kQuarter - 1; j >= 0; --j) {
           const int i = q * kQuarter + j;
           float* const vb = v + j * kOwn;
-          float* const vc = v + kQuarter * kOwn + j * kOwn;
           if (i >= count) {
 #pragma unroll
-            for (int n = 0; n < kOwn; ++n) vb[n] = vc[n] = 0;
+            for (int n = 0; n < kOwn; ++n) vb[n] = 0;
             continue;
           }
           const float dt = tile_t[i * kPitch + c], x = dt * tile_u[i * kPitch + c];
@@ -204,7 +291,6 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
 #pragma unroll
           for (int n = 0; n < kOwn; ++n) {
             const float sign = kComplex && n % 2 ? -g : g;
-            vc[n] = sign * after[j][n];
             e[n] = fmaf(sign, cc[n], e[n]);
             vb[n] = e[n] * x;
             part_e = n ? fmaf(e[n], b[n], part_e) : e[n] * b[n];
@@ -239,26 +325,10 @@ __global__ void __launch_bounds__(kMaxThreads, kComplex || kConstants ? 1 : 2)
           sum_q[j * threads + tid] = part_q;
           if constexpr (kConstants) {
 #pragma unroll
-            for (int n = 0; n < kOwn; ++n) db[n] += vb[n], dc[n] += vc[n];
+            for (int n = 0; n < kOwn; ++n) db[n] += vb[n];
           }
         }
-        if (!(const_b && const_c)) {
-          if (t.cols < kChannels && !here) {  // zero times an infinite B or C is not zero
-#pragma unroll
-            for (int k = 0; k < kValues; ++k) v[k] = 0;
-          }
-          sum_channels<kChannels>(v);
-          constexpr int kLeft = kValues / kChannels;
-          const int value = c * kLeft, j = value / kOwn % kQuarter, i = q * kQuarter + j;
-          const bool of_c = value >= kValues / 2;
-          float* const to = of_c ? a.partial_c : a.partial_b;
-          if (i < count && !(of_c ? const_c : const_b)) {
-            float* const at = to + (slot + position[i]) * p.rows + s * kOwn + value % kOwn;
-#pragma unroll
-            for (int k = 0; k < kLeft; ++k)
-              if (s * kOwn + value % kOwn + k < p.rows) at[k] = v[k];
-          }
-        }
+        if (!const_b) sum_up(v, a.partial_b);
         FD_BARRIER(kBackSumBarrier);
         // One thread per step and channel; every thread always has the same channel.
         for (int o = tid; o < kQuarter * kChannels; o += threads) {
@@ -365,17 +435,17 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-size_t backward_memory(const Plan& p, int channels) {
-  const int64_t threads = static_cast<int64_t>(p.lanes) * channels;
-  const int64_t floats =
-      2 * kSteps * p.pitch + kQuarters * threads * kOwn + 2 * 3 * kQuarter * threads + 4 * kSteps * (channels + 1);
-  return sizeof(Steps) + sizeof(float) * static_cast<size_t>(floats);
+int64_t backward_memory(const Plan& p, int64_t channels) {  // without the stage
+  const int64_t threads = p.lanes * channels;
+  const int64_t floats = 2 * kSteps * p.pitch + kQuarters * threads * kOwn + (2 * 3 * kQuarter + 2) * threads +
+                         4 * kSteps * (channels + 1);
+  return static_cast<int64_t>(sizeof(Steps)) + static_cast<int64_t>(sizeof(float)) * floats;
 }
 
 template <int kChannels, bool kComplex>
 void run(const ScanBackward& a, const Plan& p, void* stream) {
   const unsigned threads = static_cast<unsigned>(kChannels * p.lanes);
-  const size_t bytes = backward_memory(p, kChannels);
+  const size_t bytes = static_cast<size_t>(backward_memory(p, kChannels) + p.stage);
   if (a.constant_b || a.constant_c)
     FD_LAUNCH((scan_backward_kernel<kChannels, kComplex, true>), grid_for(p.tasks), threads, bytes, stream, a, p);
   else
@@ -406,7 +476,9 @@ void selective_scan_backward(const ScanBackward& a, int device, void* stream) {
   p.ddelta = path_of(a.ddelta, a.ddelta.s[2], a.ddelta.s[3], whole);
   p.dz = path_of(a.dz, a.dz.s[1], a.dz.s[2], whole);
   if (p.tasks > 0) {
-    if (scan_cuda_channels(p.rows) == 32)
+    const int64_t channels = scan_cuda_channels(p.rows);
+    plan_ahead(a, &a.grad_out, backward_memory(p, channels), &p);
+    if (channels == 32)
       a.complex ? run<32, true>(a, p, stream) : run<32, false>(a, p, stream);
     else
       a.complex ? run<8, true>(a, p, stream) : run<8, false>(a, p, stream);

@@ -24,14 +24,16 @@ channel (2 N for a complex A):
 - several directions: out and du are summed in float32, B L D floats each for 16-bit types; the gradient of a delta
   shared by all of them is first a float32 [B, K, L, D], that of a shared A, D or delta_bias K times its size.
 - on CUDA dB and dC are summed in parts of 32 channels (8 where R > 32) instead of 64, and several directions write an
-  output each before these are added: K B L D floats, and again for du in the backward pass.
+  output each before these are added: K B L D floats, and again for du in the backward pass. A long call with few
+  channels runs in up to 16 segments of L side by side: K B D (2 R + 1) floats for each (at most 17 MB for R = 16).
 
 On CUDA nothing is read by the host, so a call can be captured in a graph. An `order` that is no permutation is not
 noticed there: positions outside the sequence are moved to its nearest end, positions that come twice are written
 twice, and what is never visited is left unset.
 
 Accuracy (tests/test_selective_scan.py): on the CPU a decay is exact to 2.1e-7 relative besides the rounding of its
-exponent, and exactly 1 where delta or A is 0; on CUDA to 2.4e-7, likewise, and decays below 2^-126 are 0.
+exponent, and exactly 1 where delta or A is 0; on CUDA to 2.4e-7, likewise, and decays below 2^-126 are 0, as are step
+sizes that softplus makes smaller than that.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ MAX_STATES = 256  # kScanStates in csrc/fastdiff.h: floats of state per channel
 MAX_STATES_CUDA = 128  # kScanCudaStates
 _STEPS = 32  # kScanSteps
 _CHANNELS = 64  # kScanChannels
+_MOST_TASKS_APART = 256  # more than any GPU has multiprocessors: segments side by side would gain nothing
 _FIELDS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")  # canonical operands, in order
 
 
@@ -579,6 +582,19 @@ def _parts(whole: torch.Tensor, K: int) -> torch.Tensor | None:
     return whole.new_empty((K, whole.numel()), dtype=torch.float32)
 
 
+def _carries(s: dict[str, int], u: torch.Tensor) -> torch.Tensor | None:
+    """On CUDA, where a call is cut along L so that its few tasks become many: what each segment hands on."""
+    if _native.place(u)[0] < 0:
+        return None
+    extension: Any = _native.extension
+    rows = s["N"] * (1 + s["complex"])
+    tasks = s["K"] * s["G"] * -(-(s["D"] // s["G"]) // extension.scan_cuda_channels(rows))
+    segments = extension.scan_cuda_segments(s["L"], tasks)
+    if segments == 1 or s["B"] * tasks > _MOST_TASKS_APART:
+        return None
+    return u.new_empty((s["B"], s["K"], segments, 2 * rows + 1, s["D"]), dtype=torch.float32)
+
+
 def _address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -638,7 +654,8 @@ def _scan(  # type: ignore[no-untyped-def]
     scratch = _scratch(u, s, False)
     values = _values(s, softplus, reverse, scratch, operands, orders, resets)
     parts = _parts(out, s["K"])
-    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0, _address(parts))
+    carries = _carries(s, u)
+    results = (reg.operand(out), last.data_ptr(), states.data_ptr() if keep else 0, _address(parts), _address(carries))
     _native.extension.selective_scan(*_native.place(u), (*values, *results))  # type: ignore[union-attr]
     return outputs
 

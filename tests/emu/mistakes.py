@@ -113,12 +113,34 @@ def _scan(D: int, L: int, N: int, layout: str, *, resets: bool = False) -> Calla
     return make
 
 
+def _segments(B: int, *marks: int) -> Callable[[], Any]:
+    """Long enough to be cut, decays slow enough for the first segment to matter in the last; restarts at `marks`."""
+
+    def make() -> Any:
+        (u, delta, A, *rest), kwargs = _scan(5, 500, 3, "bld")()
+        resets = torch.zeros(500, dtype=torch.bool)
+        resets[list(marks)] = True
+        u, delta, *projections = (t.expand(B, -1, -1) for t in (u, delta, *rest[:2]))
+        z = kwargs["z"].expand(B, -1, -1)
+        return (u, delta, A * 1e-3, *projections, rest[2]), {"layout": "bld", "z": z, "resets": resets}
+
+    return make
+
+
 SCAN: dict[str, Case] = {
     "kScanTurn": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
     "kScanTileBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
     "kScanSumBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), grid=1),
     "kScanOutBarrier": Case("selective_scan", _scan(33, 40, 8, "bdl"), grid=1),
+    "kScanStageBarrier": Case("selective_scan", _scan(32, 40, 8, "bld"), grid=1),
+    "kScanAhead": Case("selective_scan", _scan(32, 40, 8, "bld")),
+    "kScanGateWait": Case("selective_scan", _scan(32, 40, 8, "bld")),
+    "kScanCarry": Case("selective_scan", _segments(1)),
+    "kScanCarryReset": Case("selective_scan", _segments(1, 200)),
+    "kScanRestarted": Case("selective_scan", _segments(5, 70)),
     "kScanReset": Case("selective_scan", _scan(5, 20, 3, "bld", resets=True)),
+    "kBackStageBarrier": Case("selective_scan", _scan(32, 40, 8, "bld"), True, grid=1),
+    "kBackAhead": Case("selective_scan", _scan(32, 64, 8, "bld"), True),
     "kBackTurn": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
     "kBackTileBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),
     "kBackSumBarrier": Case("selective_scan", _scan(33, 40, 8, "bld"), True, grid=1),

@@ -4,6 +4,7 @@
 
 #include "../../csrc/cuda/async.cuh"
 #include "../../csrc/cuda/cluster.cuh"
+#include "../../csrc/cuda/exp2.cuh"
 #include "../../csrc/cuda/hopper.cuh"
 #include "../../csrc/cuda/mma.cuh"
 
@@ -267,6 +268,12 @@ __global__ void deep_stack(float* data) {
   data[threadIdx.x] = static_cast<float>(frame[threadIdx.x % 1024]);
 }
 
+// 4096 numbers x, then 2^x of each by every way of csrc/cuda/exp2.cuh.
+__global__ void powers_of_two(float* data) {
+  float* const at = data + blockIdx.x * blockDim.x + threadIdx.x;
+  at[4096] = cuda::exp2_poly<3>(*at), at[2 * 4096] = cuda::exp2_poly<4>(*at), at[3 * 4096] = cuda::exp2_poly<5>(*at);
+}
+
 struct Probe {
   const char* name;
   void (*kernel)(float*);
@@ -284,6 +291,7 @@ const Probe kProbes[] = {
     {"product_bf16", product_16<true>, 1, 32, 0},
     {"product_f16", product_16<false>, 1, 32, 0},
     {"product_tf32", product_tf32, 1, 32, 0},
+    {"powers_of_two", powers_of_two, 32, 128, 0},
     {"copies", copies, 1, 16, 80 * sizeof(float)},
     {"votes", votes, 1, 32, 0},
     {"around_the_cluster", around_the_cluster, 8, 32, 0, 4},
