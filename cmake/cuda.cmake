@@ -2,6 +2,7 @@
 # Sets FASTDIFF_CUDA_ENABLED, FASTDIFF_CUDA_ARCHS_USED, cuda_objects.
 set(cuda_kernels
     csrc/cuda/adaln.cu
+    csrc/cuda/adaln_backward.cu
     csrc/cuda/attention.cu
     csrc/cuda/attention_backward.cu
     csrc/cuda/attention_sm90.cu

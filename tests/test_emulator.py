@@ -75,6 +75,27 @@ def test_backward_matches_float64(emu: Emulator, group: int) -> None:
         harness.adaln_backward(emu, random_adaln(rng, backward=True), grad_dtype=rng.choice([None, torch.float32]))
 
 
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize(
+    ("D", "gated"), [(40, True), (296, False), (1152, True), (1152, False)]
+)
+def test_the_norm_sites_of_a_transformer(emu: Emulator, D: int, gated: bool, dtype: torch.dtype) -> None:
+    """One type, no weight or bias, modulation per sample or shared: kernels of their own, and two of them forward, one
+    for few rows and one for many, that give the same bits."""
+    for N, kind in ((1, "sample"), (11, "sample-packed"), (CHUNK + 2, "table")):
+        c = make_adaln(2, N, D, dtype=dtype, gated=gated, kind=kind, residual_grad=gated and N != 11, rms=N == 11)
+        found = []
+        for processors in (1000, 1):
+            emu.multiprocessors(processors)
+            found.append(harness.adaln_forward(emu, c))
+            assert emu.last_kernel().endswith("true>)") == (D <= 1280 and (processors > 1 or N == 1)), emu.last_kernel()
+        assert identical(*found)
+        harness.adaln_backward(emu, c)
+    if gated:
+        c.branch = None  # nobody wants the gate's gradient
+        harness.adaln_backward(emu, c)
+
+
 @pytest.mark.parametrize(
     ("N", "D", "dtype"), [(CHUNK + 3, 1152, torch.bfloat16), (CHUNK + 3, 297, torch.float16), (2, 4100, torch.float32)]
 )
@@ -226,6 +247,10 @@ MISTAKES: dict[str, tuple[Callable[[Emulator], object], int]] = {
     "kUnroundedResidual": (adaln_case(False, 2, 8, 64, gated=True, dtype=torch.bfloat16), 1000),
     "kChunkEnd": (adaln_case(True, 1, CHUNK + 2, 64), 1000),
     "kPartBarrier": (adaln_case(True, 3, 2 * CHUNK, 64), 2),
+    "kEarlyVector": (adaln_case(False, 1, 3, 300), 1000),
+    "kPairBarrier": (adaln_case(True, 1, 3, 1152, residual_grad=False), 1000),
+    "kPairTurn": (adaln_case(True, 1, 3, 1152, residual_grad=False), 1000),
+    "kAheadTurn": (adaln_case(True, 1, 3, 64, dtype=torch.bfloat16, residual_grad=False), 1000),
     "kTermsBarrier": (update_case, 1000),
     "kTermsReuse": (update_case, 2),
     "kUpdateTail": (update_tail_case, 1000),

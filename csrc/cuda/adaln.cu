@@ -1,25 +1,32 @@
-// Adaptive layer norm on CUDA, forward and backward (formulas: AdalnForward and AdalnBackward in fastdiff.h).
+// Adaptive layer norm on CUDA, forward (formulas: AdalnForward in fastdiff.h; backward: adaln_backward.cu).
 //
 //   residual = x + gate * branch;  y = norm(residual) * weight + bias;  y = y * (1 + scale) + shift      x: [B, N, D]
 //
 // Floor, in tensors of B*N*D elements: adaln_modulate 1 read + 1 write; gate_residual 2 + 1; both at once 2 + 2
-// (one after the other would be 3 + 2); backward 2 + 1 (r and grad_y in, dx out), with gate 4 + 2. Modulation per
-// sample or shared is N times smaller and stays in cache.
+// (one after the other would be 3 + 2). Modulation per sample or shared is N times smaller and stays in cache.
 //
-// Forward mapping. A row lives in registers from its only load on, so the variance takes two exact passes at no cost in
-// bytes. Up to D = 1280 one warp owns a row: its sums are shuffles, no thread ever waits for another warp, and at
-// D = 1152 in 16 bits (DiT-XL) a lane holds five 16-byte vectors, 90 % of them in use, against 56 % when 128 threads
-// hold two each. Four rows share a block, and with it the modulation in L1. Above that 128 or 512 threads own a row.
-// Operands of other types than x are converted behind a branch that is the same for the whole grid (vec.cuh). Rows
-// that are not aligned, not contiguous or odd take the same kernel one element at a time; D > 8192 takes a kernel that
-// reads the row again for each pass (from L2).
+// Mapping. A row lives in registers from its only load on, so the variance takes two exact passes at no cost in bytes.
+// Up to D = 1280 one warp owns a row: its sums are shuffles, no thread ever waits for another warp, and at D = 1152 in
+// 16 bits (DiT-XL) a lane holds five 16-byte vectors, 90 % of them in use, against 56 % when 128 threads hold two each.
+// Four rows share a block, and with it the modulation in L1. Above that 128 or 512 threads own a row. Rows that are not
+// aligned, not contiguous or odd take the same kernel one element at a time; D > 8192 takes a kernel that reads the row
+// again for each pass (from L2).
 //
-// Backward mapping. A block owns a chunk of kChunk tokens of one sample and a thread owns 8 columns for all of them:
-// dx and dbranch leave row by row, and the chunk's sums for dshift, dscale, dgate (and dweight, dbias) build up in
-// registers. They are stored once per chunk (1/8 of a 16-bit tensor each, L2-sized) and added in order by a second
-// kernel: no atomics, the same bits on every run and for every batch. The next row is requested while the current one
-// is being reduced. Above D = 4096 the sums live in the workspace itself instead of in registers.
+// What bounds it, counted on one H200 (132 SMs, 4.3 TB/s of copy: 33 B/ns an SM, half of them reads; 700 ns of latency;
+// 7 warp instructions/ns an SM), D = 1152. Reads in flight must cover 16 B/ns * 700 ns = 11 KB an SM:
+//   type   registers  warps an SM  bytes of x a warp  in flight  instructions a row  issued at the copy's rate
+//   bf16        92         20             2304          46 KB         about 520 (branches: 710)    3.7 /ns, 53 %
+//   f32        128         16             4608          74 KB         about 480                    1.7 /ns, 24 %
+// So memory is covered twice over in either type, and in 16 bits it is the issue of instructions that could run short.
+// Hence the case that transformers have, modulation of the type of x without weight and bias, is a straight line (no
+// branch on a type per vector), and the deviation from the mean is subtracted once. Operands of other types are
+// converted behind a branch that is the same for the whole grid (vec.cuh).
+// A call of few rows ([2, 256, 1152]: one block an SM) waits for memory twice, for x and then for the modulation,
+// unless it asks for both at once: that is what `kEarly` does where registers are no object, for the same bits.
 //
+// Predicted from that: 85-90 % of the copy at [64, 256, 1152] in both types (4096 blocks over 660 or 528 that fit at
+// once: the last wave is part empty); at [2, 256, 1152] one latency of memory and some 0.6 us of arithmetic, 1.4 us,
+// where two latencies made 2.1.
 // Performance: not measured.
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -57,12 +64,13 @@ struct Modulation {
         has_weight(a.weight.data != nullptr),
         has_bias(a.bias.data != nullptr) {}
 
+  // `r`: the row's deviation from its mean.
   template <int kVec>
-  FD_D void apply(const Row& y, int64_t i, float mean, float rstd, const float (&r)[kVec]) const {
+  FD_D void apply(const Row& y, int64_t i, float rstd, const float (&r)[kVec]) const {
     const Raw<kVec> raw_scale = load<kVec, true>(scale, i), raw_shift = load<kVec, true>(shift, i);
-    float v[kVec], t[kVec];
+    float v[kVec], t[kVec], u[kVec];
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) v[k] = (r[k] - mean) * rstd;
+    for (int k = 0; k < kVec; ++k) v[k] = r[k] * rstd;
     if (has_weight) {
       read<kVec, true>(weight, i, t);
 #pragma unroll
@@ -74,14 +82,28 @@ struct Modulation {
       for (int k = 0; k < kVec; ++k) v[k] += t[k];
     }
     widen(raw_scale, scale.dtype, t);
+    widen(raw_shift, shift.dtype, u);
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) v[k] *= 1.0f + t[k];
-    widen(raw_shift, shift.dtype, t);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) v[k] += t[k];
+    for (int k = 0; k < kVec; ++k) v[k] = fmaf(v[k], 1.0f + t[k], u[k]);
     write(y, i, v);
   }
 };
+
+// The same for modulation of the type of y, without weight and bias.
+template <int kVec>
+FD_D void apply_plain(const Row& y, int64_t i, float rstd, const float (&r)[kVec], const Raw<kVec>& scale,
+                      const Raw<kVec>& shift) {
+  float v[kVec], t[kVec];
+  widen(scale, y.dtype, t);
+  widen(shift, y.dtype, v);
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) v[k] = fmaf(r[k] * rstd, 1.0f + t[k], v[k]);
+  write(y, i, v);
+}
+bool is_plain(const AdalnForward& a) {
+  return a.scale.data != nullptr && a.weight.data == nullptr && a.bias.data == nullptr && a.scale.dtype == a.x.dtype &&
+         a.shift.dtype == a.x.dtype;
+}
 
 FD_D float rstd_of(float square, int64_t D, float eps) {
   return 1.0f / sqrtf(square * (1.0f / static_cast<float>(D - (FD_MUTATED(kUnbiased) ? 1 : 0))) + eps);
@@ -94,16 +116,17 @@ template <int kThreads>
 constexpr int kBlockThreads = kThreads * kRowsPerBlock<kThreads>;
 // Threads that an SM must be able to hold, hence a bound on registers: enough 16-byte loads in flight, and no spills
 // (benchmarks/ptxas_report.py).
-template <int kVec, int kThreads>
-constexpr int kMinBlocks = (kVec == 1   ? 1024
+template <int kVec, int kThreads, bool kEarly>
+constexpr int kMinBlocks = (kEarly      ? 256
+                            : kVec == 1 ? 1024
                             : kVec == 4 ? 512
                                         : 640) /
                            kBlockThreads<kThreads>;
 
 // One row per kThreads threads, kPer vectors of kVec elements per thread. kType: the type of x, branch, residual and y
-// when it is known at compile time, else -1.
-template <int kVec, int kPer, int kThreads, int kType>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads>)
+// when it is known at compile time, else -1. kEarly: is_plain, and the modulation is requested along with x.
+template <int kVec, int kPer, int kThreads, int kType, bool kEarly>
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads, kEarly>)
     forward_rows(const AdalnForward a) {
   constexpr int kWarps = kThreads / 32, kRows = kRowsPerBlock<kThreads>;
   FD_SHARED(float, buffers, 2 * kWarps);
@@ -121,6 +144,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThr
   const int lane = threadIdx.x % kThreads, D = static_cast<int>(a.D);
   const auto column = [&](int j) { return (j * kThreads + lane) * kVec; };
   const bool gated = a.gate.data != nullptr, normed = a.scale.data != nullptr;
+  const bool plain = (kType >= 0 && a.scale.dtype == kType && a.shift.dtype == kType && a.weight.data == nullptr &&
+                      a.bias.data == nullptr);
 
   const int64_t rows = a.B * a.N, step = static_cast<int64_t>(gridDim.x) * kRows;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kThreads; row < rows; row += step) {
@@ -128,6 +153,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThr
     split(row, a.N, &b, &n);
     Row x = typed(row_of(a.x, b, n));
     if (FD_MUTATED(kStride)) x.sd = 1;
+    const int64_t whose = FD_MUTATED(kBatchIndex) ? (b + 1) % a.B : b;
+    Raw<kVec> early_scale[kEarly ? kPer : 1], early_shift[kEarly ? kPer : 1];
+    (void)early_scale, (void)early_shift;
     float r[kPer][kVec];
     {
       Raw<kVec> raw[kPer];
@@ -135,6 +163,15 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThr
       for (int j = 0; j < kPer; ++j) {
         raw[j] = {};
         if (column(j) < D) raw[j] = load<kVec, false>(x, column(j));
+      }
+      if constexpr (kEarly) {
+        const Row scale = typed(row_of(a.scale, whose, n)), shift = typed(row_of(a.shift, whose, n));
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          const int i = column(FD_MUTATED(kEarlyVector) ? 0 : j);
+          early_scale[j] = early_shift[j] = {};
+          if (i < D) early_scale[j] = load<kVec, true>(scale, i), early_shift[j] = load<kVec, true>(shift, i);
+        }
       }
       if (gated) {
         const Row branch = typed(row_of(a.branch, b, n)), gate = row_of(a.gate, b, n);
@@ -172,16 +209,29 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThr
     for (int j = 0; j < kPer; ++j)
       if (column(j) < D || FD_MUTATED(kVarianceTail)) {
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) square += (r[j][k] - mean) * (r[j][k] - mean);
+        for (int k = 0; k < kVec; ++k) r[j][k] -= mean, square += r[j][k] * r[j][k];
       }
     const float rstd = rstd_of(sum(square), D, a.eps);
     if (lane == 0 && a.mean != nullptr) a.mean[row] = mean, a.rstd[row] = rstd;
 
-    const Modulation m(a, FD_MUTATED(kBatchIndex) ? (b + 1) % a.B : b, n);
     const Row y = typed(row_of(a.y, b, n));
+    if constexpr (kEarly) {
 #pragma unroll
-    for (int j = 0; j < kPer; ++j)
-      if (column(j) < D) m.apply<kVec>(y, column(j) + (FD_MUTATED(kStoreTail) ? 1 : 0), mean, rstd, r[j]);
+      for (int j = 0; j < kPer; ++j)
+        if (column(j) < D) apply_plain(y, column(j), rstd, r[j], early_scale[j], early_shift[j]);
+    } else if (plain) {
+      const Row scale = typed(row_of(a.scale, whose, n)), shift = typed(row_of(a.shift, whose, n));
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        const int i = column(j);
+        if (i < D) apply_plain(y, i, rstd, r[j], load<kVec, true>(scale, i), load<kVec, true>(shift, i));
+      }
+    } else {
+      const Modulation m(a, whose, n);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j)
+        if (column(j) < D) m.apply<kVec>(y, column(j) + (FD_MUTATED(kStoreTail) ? 1 : 0), rstd, r[j]);
+    }
   }
 }
 
@@ -232,16 +282,24 @@ __global__ void __launch_bounds__(512) forward_long(const AdalnForward a) {
     const Row y = row_of(a.y, b, n);
     for (int64_t i = first; i < a.D; i += step) {
       read<kVec, false>(r, i, v);
-      m.apply<kVec>(y, i, mean, rstd, v);
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) v[k] -= mean;
+      m.apply<kVec>(y, i, rstd, v);
     }
   }
 }
 
 template <int kVec, int kPer, int kThreads, int kType>
-void launch_rows(const AdalnForward& a, void* stream) {
+void launch_rows(const AdalnForward& a, int device, void* stream) {
   constexpr int kRows = kRowsPerBlock<kThreads>;
-  FD_LAUNCH((forward_rows<kVec, kPer, kThreads, kType>), grid_for((a.B * a.N + kRows - 1) / kRows),
-            kBlockThreads<kThreads>, 0, stream, a);
+  const int64_t blocks = (a.B * a.N + kRows - 1) / kRows;
+  if constexpr (kThreads == 32 && kType >= 0) {
+    if (is_plain(a) && blocks <= 2 * multiprocessors(device))
+      return FD_LAUNCH((forward_rows<kVec, kPer, kThreads, kType, true>), grid_for(blocks), kBlockThreads<kThreads>, 0,
+                       stream, a);
+  }
+  FD_LAUNCH((forward_rows<kVec, kPer, kThreads, kType, false>), grid_for(blocks), kBlockThreads<kThreads>, 0, stream,
+            a);
 }
 
 template <int kVec>
@@ -250,299 +308,21 @@ void launch_long(const AdalnForward& a, void* stream) {
 }
 
 template <int kVec, int kType>
-void forward_vectors(const AdalnForward& a, void* stream) {
+void forward_vectors(const AdalnForward& a, int device, void* stream) {
   constexpr int f = 8 / kVec;  // vectors that hold 8 elements
-  if (a.D <= 256) return launch_rows<kVec, f, 32, kType>(a, stream);
-  if (a.D <= 768) return launch_rows<kVec, 3 * f, 32, kType>(a, stream);
-  if (a.D <= 1280) return launch_rows<kVec, 5 * f, 32, kType>(a, stream);
-  if (a.D <= 3072) return launch_rows<kVec, 3 * f, 128, kType>(a, stream);
-  if (a.D <= 8192) return launch_rows<kVec, 2 * f, 512, kType>(a, stream);
+  if (a.D <= 256) return launch_rows<kVec, f, 32, kType>(a, device, stream);
+  if (a.D <= 768) return launch_rows<kVec, 3 * f, 32, kType>(a, device, stream);
+  if (a.D <= 1280) return launch_rows<kVec, 5 * f, 32, kType>(a, device, stream);
+  if (a.D <= 3072) return launch_rows<kVec, 3 * f, 128, kType>(a, device, stream);
+  if (a.D <= 8192) return launch_rows<kVec, 2 * f, 512, kType>(a, device, stream);
   launch_long<kVec>(a, stream);
 }
 
-void forward_elements(const AdalnForward& a, void* stream) {
-  if (a.D <= 256) return launch_rows<1, 8, 32, -1>(a, stream);
-  if (a.D <= 2048) return launch_rows<1, 8, 256, -1>(a, stream);
-  if (a.D <= 8192) return launch_rows<1, 8, 1024, -1>(a, stream);
+void forward_elements(const AdalnForward& a, int device, void* stream) {
+  if (a.D <= 256) return launch_rows<1, 8, 32, -1>(a, device, stream);
+  if (a.D <= 2048) return launch_rows<1, 8, 256, -1>(a, device, stream);
+  if (a.D <= 8192) return launch_rows<1, 8, 1024, -1>(a, device, stream);
   launch_long<1>(a, stream);
-}
-
-// --------------------------------------------------------------------------------------------------- backward
-
-enum { kDshift, kDscale, kDgate, kDweight, kDbias, kGrads };
-
-FD_D bool summed(const ParamGrad& g) { return g.reduce == kPerSample || g.reduce == kShared; }
-FD_D Row token_row(const ParamGrad& g, int64_t token, int64_t D) { return row_of(g.data, g.dtype, token * D); }
-
-// What one token's gradients are made of, at columns i .. i + kVec - 1; shared by both backward kernels.
-template <int kVec>
-struct NormGrad {
-  float hat[kVec];       // (r - mean) * rstd
-  float d[kVec];         // gradient of hat
-  float d_affine[kVec];  // gradient of hat * weight + bias: what dbias adds, and times hat what dweight adds
-  float shift[kVec], scale[kVec];
-
-  FD_D void compute(const AdalnBackward& a, const Raw<kVec>& r, const Raw<kVec>& grad_y, const Row& scale_row,
-                    int64_t i, float mean, float rstd) {
-    const Raw<kVec> raw_scale = load<kVec, true>(scale_row, i);
-    float t[kVec], affine[kVec];
-    widen(r, a.r.dtype, hat);
-    widen(grad_y, a.grad_y.dtype, shift);
-    widen(raw_scale, scale_row.dtype, t);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      hat[k] = (hat[k] - mean) * rstd, affine[k] = hat[k];
-      d_affine[k] = d[k] = shift[k] * (1.0f + t[k]);
-    }
-    if (a.weight.data != nullptr) {
-      read<kVec, true>(row_of(a.weight, 0, 0), i, t);
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) affine[k] *= t[k], d[k] *= t[k];
-    }
-    if (a.bias.data != nullptr) {
-      read<kVec, true>(row_of(a.bias, 0, 0), i, t);
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) affine[k] += t[k];
-    }
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) scale[k] = shift[k] * affine[k];
-  }
-};
-
-// Writes dx, dbranch and a per-token dgate; `gate` leaves as this token's dgate, if someone wants it (else the branch
-// may be absent).
-template <int kVec>
-FD_D void finish_token(const AdalnBackward& a, int64_t b, int64_t n, int64_t i, const float (&dx)[kVec],
-                       float (&gate)[kVec]) {
-  if (a.dbranch.data != nullptr) {
-    read<kVec, true>(row_of(a.gate, b, n), i, gate);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) gate[k] *= dx[k];
-    write(row_of(a.dbranch, b, n), i, gate);
-  }
-  if (a.dgate.reduce != kAbsent) {
-    read<kVec, false>(row_of(a.branch, b, n), i, gate);
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) gate[k] *= dx[k];
-    if (a.dgate.reduce == kPerToken) write(token_row(a.dgate, b * a.N + n, a.D), i, gate);
-  }
-  if (a.dx.data != nullptr) write(row_of(a.dx, b, n), i, dx);
-}
-
-// A thread owns kPer vectors of kVec columns of a chunk of tokens. kAffine: weight or bias want a gradient.
-template <int kVec, int kPer, bool kAffine>
-__global__ void __launch_bounds__(512) backward_chunks(const AdalnBackward a) {
-  constexpr bool kLookAhead = kVec > 1 && !kAffine;  // five sums per column, or strides, leave no registers for it
-  constexpr int kMaxWarps = 16;
-  FD_SHARED(float, buffers, 2 * 2 * kMaxWarps);
-  int turn = 0;
-  const int threads = blockDim.x, warps = threads / 32, D = static_cast<int>(a.D);
-  const auto column = [&](int j) { return (j * threads + static_cast<int>(threadIdx.x)) * kVec; };
-  const bool normed = a.grad_y.data != nullptr;
-  const float inv_d = 1.0f / static_cast<float>(D);
-  const int64_t per_sample = (a.N + kChunk - 1) / kChunk;
-
-  struct Token {
-    Raw<kVec> r[kPer], grad_y[kPer];
-    float mean, rstd;
-  };
-  for (int64_t chunk = blockIdx.x; chunk < a.B * per_sample; chunk += gridDim.x) {
-    int64_t b, c;
-    split(chunk, per_sample, &b, &c);
-    const int64_t begin = c * kChunk;
-    const int64_t end = begin + kChunk < a.N ? begin + kChunk + (FD_MUTATED(kChunkEnd) ? 1 : 0) : a.N;
-    const auto fetch_token = [&](int64_t n) {
-      Token t;
-      t.mean = a.mean[b * a.N + n], t.rstd = a.rstd[b * a.N + n];
-      const Row r = row_of(a.r, b, n), grad_y = row_of(a.grad_y, b, n);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        t.r[j] = t.grad_y[j] = {};
-        if (column(j) < D) t.r[j] = load<kVec, false>(r, column(j)), t.grad_y[j] = load<kVec, false>(grad_y, column(j));
-      }
-      return t;
-    };
-    float total[kAffine ? kGrads : kDgate + 1][kPer][kVec] = {};
-    Token next = {};
-    if (kLookAhead && normed) next = fetch_token(begin);
-    for (int64_t n = begin; n < end; ++n) {
-      float dx[kPer][kVec] = {}, hat[kPer][kVec];
-      Raw<kVec> grad_residual[kPer];
-      if (a.grad_residual.data != nullptr) {
-        const Row row = row_of(a.grad_residual, b, n);
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-          grad_residual[j] = {};
-          if (column(j) < D) grad_residual[j] = load<kVec, false>(row, column(j));
-        }
-      }
-      if (normed) {
-        const Token t = kLookAhead ? next : fetch_token(n);
-        if (kLookAhead && n + 1 < end) next = fetch_token(n + 1);
-        const Row scale = row_of(a.scale, b, n);
-        float s[2] = {0, 0};
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-          if (column(j) >= D) continue;
-          NormGrad<kVec> g;
-          g.compute(a, t.r[j], t.grad_y[j], scale, column(j), t.mean, t.rstd);
-          if (a.dshift.reduce == kPerToken) write(token_row(a.dshift, b * a.N + n, D), column(j), g.shift);
-          if (a.dscale.reduce == kPerToken) write(token_row(a.dscale, b * a.N + n, D), column(j), g.scale);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) {
-            total[kDshift][j][k] += g.shift[k], total[kDscale][j][k] += g.scale[k];
-            if constexpr (kAffine)
-              total[kDweight][j][k] += g.d_affine[k] * g.hat[k], total[kDbias][j][k] += g.d_affine[k];
-            s[0] += g.d[k], s[1] += g.d[k] * g.hat[k];
-            hat[j][k] = g.hat[k], dx[j][k] = g.d[k];
-          }
-        }
-        block_sum(s, buffers, warps, &turn);
-        const float m1 = a.rms ? 0.0f : s[0] * inv_d, m2 = s[1] * inv_d;
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
-          if (column(j) >= D) continue;
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) dx[j][k] = (dx[j][k] - m1 - hat[j][k] * m2) * t.rstd;
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) {
-        if (column(j) >= D) continue;
-        float t[kVec];
-        if (a.grad_residual.data != nullptr) {
-          widen(grad_residual[j], a.grad_residual.dtype, t);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) dx[j][k] += t[k];
-        }
-        finish_token<kVec>(a, b, n, column(j), dx[j], t);
-        if (a.dgate.reduce != kAbsent) {
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) total[kDgate][j][k] += t[k];
-        }
-      }
-    }
-    const ParamGrad* grads[kGrads] = {&a.dshift, &a.dscale, &a.dgate, &a.dweight, &a.dbias};
-#pragma unroll
-    for (int g = 0; g < (kAffine ? kGrads : kDgate + 1); ++g) {
-      if (!summed(*grads[g])) continue;
-      const Row row = row_of(grads[g]->partial, kF32, chunk * D);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j)
-        if (column(j) < D) write(row, column(j), total[g][j]);
-    }
-  }
-}
-
-// Any D: the chunk's sums live in the workspace, where each thread adds only to its own columns.
-template <int kVec>
-__global__ void __launch_bounds__(512, 1) backward_long(const AdalnBackward a) {
-  FD_SHARED(float, buffers, 2 * 2 * 16);
-  int turn = 0;
-  const bool normed = a.grad_y.data != nullptr;
-  const int64_t per_sample = (a.N + kChunk - 1) / kChunk, D = a.D;
-  const float inv_d = 1.0f / static_cast<float>(D);
-  const int64_t start = static_cast<int64_t>(threadIdx.x) * kVec, step = 512 * kVec;
-  for (int64_t chunk = blockIdx.x; chunk < a.B * per_sample; chunk += gridDim.x) {
-    int64_t b, c;
-    split(chunk, per_sample, &b, &c);
-    const int64_t begin = c * kChunk, end = begin + kChunk < a.N ? begin + kChunk : a.N;
-    for (int64_t n = begin; n < end; ++n) {
-      const auto add = [&](const ParamGrad& g, int64_t i, const float (&v)[kVec]) {
-        if (!summed(g)) return;
-        const Row row = row_of(g.partial, kF32, chunk * D);
-        float t[kVec] = {};
-        if (n > begin) read<kVec, false>(row, i, t);
-#pragma unroll
-        for (int k = 0; k < kVec; ++k) t[k] += v[k];
-        write(row, i, t);
-      };
-      float m1 = 0, m2 = 0, mean = 0, rstd = 0, t[kVec];
-      const Row r = row_of(a.r, b, n), grad_y = row_of(a.grad_y, b, n), scale = row_of(a.scale, b, n);
-      NormGrad<kVec> g;
-      if (normed) {
-        mean = a.mean[b * a.N + n], rstd = a.rstd[b * a.N + n];
-        float s[2] = {0, 0};
-        for (int64_t i = start; i < D; i += step) {
-          g.compute(a, load<kVec, false>(r, i), load<kVec, false>(grad_y, i), scale, i, mean, rstd);
-          if (a.dshift.reduce == kPerToken) write(token_row(a.dshift, b * a.N + n, D), i, g.shift);
-          if (a.dscale.reduce == kPerToken) write(token_row(a.dscale, b * a.N + n, D), i, g.scale);
-          add(a.dshift, i, g.shift), add(a.dscale, i, g.scale), add(a.dbias, i, g.d_affine);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) {
-            t[k] = g.d_affine[k] * g.hat[k];
-            s[0] += g.d[k], s[1] += g.d[k] * g.hat[k];
-          }
-          add(a.dweight, i, t);
-        }
-        block_sum(s, buffers, 16, &turn);
-        m1 = a.rms ? 0.0f : s[0] * inv_d, m2 = s[1] * inv_d;
-      }
-      for (int64_t i = start; i < D; i += step) {
-        float dx[kVec] = {};
-        if (normed) {
-          g.compute(a, load<kVec, false>(r, i), load<kVec, false>(grad_y, i), scale, i, mean, rstd);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) dx[k] = (g.d[k] - m1 - g.hat[k] * m2) * rstd;
-        }
-        if (a.grad_residual.data != nullptr) {
-          read<kVec, false>(row_of(a.grad_residual, b, n), i, t);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) dx[k] += t[k];
-        }
-        finish_token<kVec>(a, b, n, i, dx, t);
-        add(a.dgate, i, t);
-      }
-    }
-  }
-}
-
-// Second stage: out[o, :] = sum of the workspace rows of o, in an order that depends on their number alone. 32 columns
-// per block; kParts groups of threads take every kParts-th row, and their sums are added in order.
-struct ChunkSums {
-  ParamGrad grad[kGrads];
-  int64_t outputs[kGrads], rows[kGrads];  // rows of the workspace per output
-  int64_t D;
-};
-constexpr int kParts = 16;
-
-__global__ void __launch_bounds__(32 * kParts) sum_chunks(const ChunkSums a) {
-  FD_SHARED(float, parts, 32 * kParts);
-  const ParamGrad& g = a.grad[blockIdx.y];
-  const int64_t rows = a.rows[blockIdx.y], tiles = (a.D + 31) / 32;
-  const int x = threadIdx.x % 32, part = threadIdx.x / 32;
-  for (int64_t task = blockIdx.x; task < a.outputs[blockIdx.y] * tiles; task += gridDim.x) {
-    const int64_t output = task / tiles, column = task % tiles * 32 + x;
-    float s = 0;
-    if (column < a.D) {
-      const float* p = g.partial + output * rows * a.D + column;
-#pragma unroll 4
-      for (int64_t row = part; row < rows; row += kParts) s += p[row * a.D];
-    }
-    parts[part * 32 + x] = s;
-    __syncthreads();
-    if (part == 0 && column < a.D) {
-      for (int i = 1; i < kParts; ++i) s += parts[i * 32 + x];
-      const float v[1] = {s};
-      write(row_of(g.data, g.dtype, output * a.D), column, v);
-    }
-    FD_BARRIER(kPartBarrier);  // `parts` is written again
-  }
-}
-
-template <int kVec>
-void backward_first_stage(const AdalnBackward& a, void* stream) {
-  constexpr int kPer = 8 / kVec;
-  const unsigned int grid = grid_for(a.B * chunks(a.N));
-  if (a.D > 512 * 8) {
-    FD_LAUNCH(backward_long<kVec>, grid, 512, 0, stream, a);
-    return;
-  }
-  const int threads = static_cast<int>((a.D + 255) / 256 * 32);  // 8 columns each, whole warps
-  if (a.dweight.reduce != kAbsent || a.dbias.reduce != kAbsent)
-    FD_LAUNCH((backward_chunks<kVec, kPer, true>), grid, threads, 0, stream, a);
-  else
-    FD_LAUNCH((backward_chunks<kVec, kPer, false>), grid, threads, 0, stream, a);
 }
 
 }  // namespace
@@ -554,49 +334,10 @@ void adaln_forward(const AdalnForward& a, int device, void* stream) {
   bool whole = true;  // every operand can be read `vec` elements at a time
   for (const View* v : {&a.x, &a.branch, &a.gate, &a.shift, &a.scale, &a.weight, &a.bias, &a.residual, &a.y})
     whole = whole && vectorizes(*v, a.D, vec);
-  if (!whole || (a.gate.data != nullptr && a.branch.dtype != a.x.dtype)) return forward_elements(a, stream);
-  if (a.x.dtype == kF32) return forward_vectors<4, kF32>(a, stream);
-  if (a.x.dtype == kF16) return forward_vectors<8, kF16>(a, stream);
-  forward_vectors<8, kBF16>(a, stream);
-}
-
-void adaln_backward(const AdalnBackward& a, int device, void* stream) {
-  if (a.B * a.D == 0) return;
-  const DeviceGuard guard(device);
-  const ParamGrad* grads[kGrads] = {&a.dshift, &a.dscale, &a.dgate, &a.dweight, &a.dbias};
-  if (a.N > 0) {
-    const View& main = a.grad_y.data != nullptr ? a.r : a.grad_residual;
-    const int vec = main.dtype == kF32 ? 4 : 8;
-    bool whole = true;
-    for (const View* v :
-         {&a.r, &a.branch, &a.gate, &a.scale, &a.weight, &a.bias, &a.grad_y, &a.grad_residual, &a.dx, &a.dbranch})
-      whole = whole && vectorizes(*v, a.D, vec);
-    for (const ParamGrad* g : grads) {
-      const View token{g->data, a.N * a.D, a.D, 1, g->dtype}, part{g->partial, a.N * a.D, a.D, 1, kF32};
-      if (g->reduce == kPerToken) whole = whole && vectorizes(token, a.D, vec);
-      if (g->reduce == kPerSample || g->reduce == kShared) whole = whole && vectorizes(part, a.D, vec);
-    }
-    if (!whole)
-      backward_first_stage<1>(a, stream);
-    else if (vec == 4)
-      backward_first_stage<4>(a, stream);
-    else
-      backward_first_stage<8>(a, stream);
-  }
-  ChunkSums sums;
-  sums.D = a.D;
-  int count = 0;
-  int64_t most = 0;
-  for (const ParamGrad* g : grads) {
-    if (g->reduce != kPerSample && g->reduce != kShared) continue;
-    const bool shared = g->reduce == kShared;
-    sums.grad[count] = *g;
-    sums.outputs[count] = shared ? 1 : a.B;
-    sums.rows[count] = (shared ? a.B : 1) * chunks(a.N);
-    most = sums.outputs[count] > most ? sums.outputs[count] : most;
-    ++count;
-  }
-  if (count > 0) FD_LAUNCH(sum_chunks, dim3(grid_for(most * ((a.D + 31) / 32)), count), 32 * kParts, 0, stream, sums);
+  if (!whole || (a.gate.data != nullptr && a.branch.dtype != a.x.dtype)) return forward_elements(a, device, stream);
+  if (a.x.dtype == kF32) return forward_vectors<4, kF32>(a, device, stream);
+  if (a.x.dtype == kF16) return forward_vectors<8, kF16>(a, device, stream);
+  forward_vectors<8, kBF16>(a, device, stream);
 }
 
 }  // namespace cuda

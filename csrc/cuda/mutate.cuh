@@ -14,7 +14,11 @@
   X(kStoreTail)         /* a vector stored beyond the end of the row */                  \
   X(kUnroundedResidual) /* the norm sees the residual before it was rounded */           \
   X(kChunkEnd)          /* a chunk adds the first token of the next one */               \
-  X(kPartBarrier)       /* the second stage starts its next tile too early */
+  X(kPartBarrier)       /* the second stage starts its next tile too early */            \
+  X(kEarlyVector)       /* modulation requested early: the first vector's for all */     \
+  X(kPairBarrier)       /* pair_sum reads other warps' sums without waiting for them */  \
+  X(kPairTurn)          /* pair_sum reuses one buffer: the next sum overwrites it */     \
+  X(kAheadTurn)         /* of two tokens requested ahead the second is used first */
 
 #define FD_UPDATE_MUTATIONS(X)                                                            \
   X(kTermsBarrier) /* coefficients read before they are there */                          \
