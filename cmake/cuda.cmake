@@ -5,6 +5,7 @@ set(cuda_kernels
     csrc/cuda/adaln_backward.cu
     csrc/cuda/attention.cu
     csrc/cuda/attention_backward.cu
+    csrc/cuda/attention_short_sm90.cu
     csrc/cuda/attention_sm90.cu
     csrc/cuda/blend.cu
     csrc/cuda/conv1d.cu

@@ -71,16 +71,6 @@ constexpr float kShift = kType == kF16 ? 15.0f : 0.0f;
 template <int kType>
 constexpr float kUnshift = kType == kF16 ? 1.0f / 32768 : 1.0f;
 
-// A score times log2(e) scale, rounded before a maximum is subtracted: with a fused multiply-add, a score of 1e15 would
-// be some 2^25 off its own maximum.
-FD_D float scaled(float score, float factor) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(score, factor);
-#else
-  return score * factor;
-#endif
-}
-
 // 2^x for the weights. In 16 bits the special function unit (relative error 2^-22); for float32 a polynomial of the
 // fraction (1.5e-7, the one of csrc/cpu/attention.h), below 2^-125 zero: there the multiplications are what takes time.
 template <int kType>

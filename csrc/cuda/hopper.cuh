@@ -117,16 +117,18 @@ FD_D void copy_box(void* to, const TensorMap* map, Barrier* b, int column, int r
 }
 
 // The tensor [outer2, outer1, rows, columns] of 16-bit elements at `data`, strides in elements, read in boxes of
-// box_rows x box_columns whose 16-byte chunks are permuted over `span` bytes (0: not at all). False: the copy engine
-// cannot (a stride or address that is no multiple of 16 bytes, a stride of 0).
+// box_rows x box_columns whose 16-byte chunks are permuted over `span` bytes (0: not at all). Along an outer axis of
+// stride 0 the only coordinate is 0. False: the copy engine cannot (a stride or address that is no multiple of 16
+// bytes, columns apart, rows that are one).
 inline bool make_map(TensorMap* map, const void* data, bool is_bf16, const int64_t (&size)[4],
                      const int64_t (&stride)[4], int box_rows, int box_columns, int span) {
   // Axes from the innermost on; an axis of one element never moves, so any valid stride will do.
-  const int64_t sizes[4] = {size[3], size[2], size[1], size[0]};
+  int64_t sizes[4] = {size[3], size[2], size[1], size[0]};
   int64_t bytes[4] = {2, 2 * stride[2], 2 * stride[1], 2 * stride[0]};
   if (stride[3] != 1 && size[3] != 1) return false;
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
   for (int i = 1; i < 4; ++i) {
+    if (i > 1 && bytes[i] == 0) sizes[i] = 1;
     if (sizes[i] == 1) bytes[i] = 16;
     if (bytes[i] <= 0 || bytes[i] % 16 != 0 || bytes[i] >= int64_t{1} << 40) return false;
   }
@@ -171,27 +173,28 @@ inline bool make_map(TensorMap* map, const void* data, bool is_bf16, const int64
 
 // ------------------------------------------------------------------------------------ products of a warpgroup (wgmma)
 
-// Where an operand tile lies: rows of kSpan bytes (16: no permutation), `group` bytes from 8 rows to the next 8.
+// Where an operand tile lies: rows of kSpan bytes (16: no permutation), `group` bytes from 8 rows to the next 8. The
+// instruction's descriptor; csrc/emu has its address beside it.
 #ifdef __CUDACC__
 using Tile = uint64_t;
 #else
 struct Tile {
   const char* base;
-  int span, group;
+  uint64_t shape;
 };
 #endif
 
 template <int kSpan>
 FD_D Tile make_tile(const void* base, int group) {
   static_assert(kSpan == 128 || kSpan == 64 || kSpan == 32 || kSpan == 16, "what the tensor core can read");
-#ifdef __CUDACC__
-  // Address, distances in 16 bytes. Of the two distances one is not looked at in every layout used here (which one
-  // depends on the layout), so both are the same.
+  // Distances in 16 bytes. Of the two (bits 16 to 29, 32 to 45) one is not looked at in every layout used here (which
+  // one depends on the layout), so both are the same.
   constexpr uint64_t kMode = kSpan == 128 ? 1 : kSpan == 64 ? 2 : kSpan == 32 ? 3 : 0;
-  const uint64_t step = static_cast<uint64_t>((group & 0x3ffff) >> 4);
-  return static_cast<uint64_t>((shared_address(base) & 0x3ffff) >> 4) | step << 16 | step << 32 | kMode << 62;
+  const uint64_t step = static_cast<uint64_t>((group & 0x3ffff) >> 4), shape = step << 16 | step << 32 | kMode << 62;
+#ifdef __CUDACC__
+  return static_cast<uint64_t>((shared_address(base) & 0x3ffff) >> 4) | shape;
 #else
-  return {static_cast<const char*>(base), kSpan, group};
+  return {static_cast<const char*>(base), shape};
 #endif
 }
 
@@ -206,10 +209,25 @@ FD_D Tile advance(Tile t, int bytes) {
 }
 
 #ifndef __CUDACC__
-inline uint16_t tile_element(const Tile& t, int row, int column) {
-  const uintptr_t at = reinterpret_cast<uintptr_t>(t.base) + row % 8 * t.span + row / 8 * t.group + 2 * column;
+// What the instruction reads as element `k` of row (or column) `i`, from the bits of its descriptor: PTX ISA, "Matrix
+// descriptor" and "Strides" of wgmma. Permutations start where the address says, which the bits for another start (49
+// to 51, never set here) would move.
+inline uint16_t tile_element(const Tile& t, bool k_major, int i, int k) {
+  const int leading = static_cast<int>(t.shape >> 16 & 0x3fff) * 16,
+            stride = static_cast<int>(t.shape >> 32 & 0x3fff) * 16;
+  const int mode = static_cast<int>(t.shape >> 62), span = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 16;
+  const uintptr_t base = reinterpret_cast<uintptr_t>(t.base);
+  if (base % 16 != 0 || (mode != 0 && base / span * span % (8 * span) != 0))
+    emu::fault("a product: an operand does not start where its permutation does");
+  uintptr_t at = base;
+  if (k_major)
+    at += i % 8 * span + i / 8 * stride + (mode == 0 ? k / 8 * leading + k % 8 * 2 : 2 * k);
+  else if (mode == 0)
+    at += 2 * (i % 8) + i / 8 * stride + k % 8 * 16 + k / 8 * leading;
+  else
+    at += 2 * (i % (span / 2)) + i / (span / 2) * leading + k % 8 * span + k / 8 * stride;
   uint16_t bits;
-  memcpy(&bits, reinterpret_cast<const void*>(emu::swizzled(at, t.span == 16 ? 0 : t.span)), 2);
+  memcpy(&bits, reinterpret_cast<const void*>(emu::swizzled(at, mode == 0 ? 0 : span)), 2);
   return bits;
 }
 inline float element_value(uint16_t bits, bool is_bf16) { return is_bf16 ? to_float(bf16{bits}) : to_float(f16{bits}); }
@@ -286,36 +304,36 @@ FD_D void start_product(float (&d)[64], Tile a, Tile b, int add) {
       const int r = row + i % 4 / 2 * 8, c = i / 4 * 8 + column + i % 2;
       double s = add ? sum[i] : 0.0f;
       for (int k = 0; k < 16; ++k)
-        s += static_cast<double>(element_value(tile_element(a, r, k), kBf16)) *
-             element_value(tile_element(b, c, k), kBf16);
+        s += static_cast<double>(element_value(tile_element(a, true, r, k), kBf16)) *
+             element_value(tile_element(b, true, c, k), kBf16);
       sum[i] = static_cast<float>(s);
     }
   });
 #endif
 }
 
-// d += A B: A [16 of the warp, 16] in registers, as fragments of mma.cuh, B [16, 64] (or [16, 8]) in shared memory,
-// rows along K, one tile wide.
+// d = A B (+ d where `add`): A [16 of the warp, 16] in registers, as fragments of mma.cuh, B [16, 64] (or [16, 8]) in
+// shared memory, rows along K, one tile wide.
 template <bool kBf16, int kCount>
-FD_D void start_product(float (&d)[kCount], const uint32_t (&a)[4], Tile b) {
+FD_D void start_product(float (&d)[kCount], const uint32_t (&a)[4], Tile b, int add) {
   static_assert(kCount == 32 || kCount == 4, "64 or 8 columns");
 #if defined(__CUDA_ARCH__) && defined(FD_HOPPER)
   if constexpr (kCount == 32 && kBf16)
     asm volatile(FD_WGMMA("64", "bf16", FD_TEXT_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "%37")
                  : FD_ACC_32(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
   else if constexpr (kCount == 32)
     asm volatile(FD_WGMMA("64", "f16", FD_TEXT_32, "{%32, %33, %34, %35}, %36, p, 1, 1, 1", "%37")
                  : FD_ACC_32(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
   else if constexpr (kBf16)
     asm volatile(FD_WGMMA("8", "bf16", FD_TEXT_4, "{%4, %5, %6, %7}, %8, p, 1, 1, 1", "%9")
                  : FD_ACC_4(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
   else
     asm volatile(FD_WGMMA("8", "f16", FD_TEXT_4, "{%4, %5, %6, %7}, %8, p, 1, 1, 1", "%9")
                  : FD_ACC_4(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 #elif !defined(__CUDACC__)
   const unsigned char* all = emu::gather(0xffffffffu, a, sizeof a, __FILE__, __LINE__);
   float rows[2][16];  // rows g and g + 8 of A
@@ -329,10 +347,10 @@ FD_D void start_product(float (&d)[kCount], const uint32_t (&a)[4], Tile b) {
   std::vector<float> values(&rows[0][0], &rows[0][0] + 32);
   emu::start_product(d, kCount, [=](float* sum) {
     for (int i = 0; i < kCount; ++i) {
-      double s = sum[i];
+      double s = add ? sum[i] : 0.0f;
       for (int k = 0; k < 16; ++k)
         s += static_cast<double>(values[i % 4 / 2 * 16 + k]) *
-             element_value(tile_element(b, k, i / 4 * 8 + column + i % 2), kBf16);
+             element_value(tile_element(b, false, i / 4 * 8 + column + i % 2, k), kBf16);
       sum[i] = static_cast<float>(s);
     }
   });

@@ -163,6 +163,16 @@ FD_D void load_matrices(uint32_t (&r)[kCount], const void* row) {
 #endif
 }
 
+// A score times log2(e) scale, rounded before a maximum is subtracted: with a fused multiply-add, a score of 1e15 would
+// be some 2^25 off its own maximum.
+FD_D float scaled(float score, float factor) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(score, factor);
+#else
+  return score * factor;
+#endif
+}
+
 // 2^x, relative error below 2^-22; results below 2^-126 are 0.
 FD_D float exp2_fast(float x) {
 #ifdef __CUDA_ARCH__

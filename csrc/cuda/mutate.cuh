@@ -45,12 +45,20 @@
   X(kAttentionBackResult)    /* its results overwrite operands in use */                      \
   X(kAttentionPartTail)      /* rows beyond the last count in the weights' gradients */
 
-#define FD_HOPPER_MUTATIONS(X)                                \
-  X(kHopperInit)   /* barriers used before they are made */   \
-  X(kHopperEmpty)  /* keys overwritten while they are read */ \
-  X(kHopperFull)   /* values read before they are there */    \
-  X(kHopperWait)   /* results touched while products run */   \
-  X(kHopperShrink) /* sums not shrunk when the maximum grows */
+#define FD_HOPPER_MUTATIONS(X)                                                       \
+  X(kHopperInit)        /* barriers used before they are made */                     \
+  X(kHopperEmpty)       /* keys overwritten while they are read */                   \
+  X(kHopperFull)        /* values read before they are there */                      \
+  X(kHopperWait)        /* results touched while products run */                     \
+  X(kHopperShrink)      /* sums not shrunk when the maximum grows */                 \
+  X(kShortInit)         /* for up to 256 keys: barriers used before they are made */ \
+  X(kShortKeysEmpty)    /* the next head's keys overwrite those in use */            \
+  X(kShortValuesEmpty)  /* likewise its values */                                    \
+  X(kShortQueriesEmpty) /* likewise the next queries of the group */                 \
+  X(kShortKeysFull)     /* keys read before they are there */                        \
+  X(kShortValuesFull)   /* likewise values */                                        \
+  X(kShortWait)         /* scores touched while products run */                      \
+  X(kShortRagged)       /* keys beyond the last one have weights */
 
 #define FD_SCAN_MUTATIONS(X)                                                      \
   X(kScanTurn)         /* the next tile's positions replace those still in use */ \

@@ -78,10 +78,10 @@ ATTENTION = {
 }
 
 
-def hopper(tokens: int, keys: int, scale: float = 1.0) -> Callable[[], Any]:
+def hopper(tokens: int, keys: int, scale: float = 1.0, B: int = 2, d: int = 72) -> Callable[[], Any]:
     def make() -> Any:
         g = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(2, 2, n, 72, generator=g) for n in (tokens, keys, keys))
+        q, k, v = (torch.randn(B, 2, n, d, generator=g) for n in (tokens, keys, keys))
         k[:, :, 128:] *= scale
         return (q.bfloat16(), k.bfloat16(), v.bfloat16()), {}
 
@@ -89,11 +89,19 @@ def hopper(tokens: int, keys: int, scale: float = 1.0) -> Callable[[], Any]:
 
 
 HOPPER: dict[str, Case] = {
-    "kHopperInit": Case("attention", hopper(130, 130), hopper=True),
+    "kHopperInit": Case("attention", hopper(130, 257), hopper=True),
     "kHopperEmpty": Case("attention", hopper(8, 900), hopper=True, grid=1),
     "kHopperFull": Case("attention", hopper(8, 900), hopper=True),
     "kHopperWait": Case("attention", hopper(8, 300), hopper=True),
     "kHopperShrink": Case("attention", hopper(8, 300, scale=3.0), hopper=True),
+    "kShortInit": Case("attention", hopper(130, 130), hopper=True),
+    "kShortKeysEmpty": Case("attention", hopper(8, 70, d=64), hopper=True, grid=1),
+    "kShortValuesEmpty": Case("attention", hopper(8, 70, d=64), hopper=True, grid=1),
+    "kShortQueriesEmpty": Case("attention", hopper(300, 20, d=64), hopper=True, grid=1),
+    "kShortKeysFull": Case("attention", hopper(8, 130), hopper=True),
+    "kShortValuesFull": Case("attention", hopper(8, 20, B=12, d=64), hopper=True),
+    "kShortWait": Case("attention", hopper(8, 130), hopper=True),
+    "kShortRagged": Case("attention", hopper(8, 100, d=64), hopper=True),
 }
 
 

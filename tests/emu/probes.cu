@@ -123,7 +123,7 @@ __global__ void hopper_products(float* data) {
   static cuda::TensorMap map, tail, strip;
   if (threadIdx.x == 0) {
     for (int i = 0; i < 40 * 72; ++i) k[i] = from_float<bf16>(data[i]);
-    const int64_t size[4] = {1, 1, 40, 72}, stride[4] = {0, 0, 72, 1};
+    const int64_t size[4] = {1, 1, 40, 72}, stride[4] = {40 * 72, 40 * 72, 72, 1};
     if (!cuda::make_map(&map, k, true, size, stride, 64, 64, 128) ||
         !cuda::make_map(&tail, k, true, size, stride, 64, 16, 32) ||
         !cuda::make_map(&strip, k, true, size, stride, 16, 8, 0))
@@ -166,8 +166,8 @@ __global__ void hopper_products(float* data) {
     p[i] = from_float<bf16>(q[16 * row + column]).bits |
            static_cast<uint32_t>(from_float<bf16>(q[16 * row + column + 1]).bits) << 16;
   }
-  cuda::start_product<true>(e, p, cuda::make_tile<128>(a, 1024));
-  cuda::start_product<true>(f, p, cuda::make_tile<16>(narrow, 128));
+  cuda::start_product<true>(e, p, cuda::make_tile<128>(a, 1024), 1);
+  cuda::start_product<true>(f, p, cuda::make_tile<16>(narrow, 128), 1);
   cuda::commit_products();
   cuda::wait_products<1>();
   float* out = data + 40 * 72 + 64 * 16;
@@ -204,7 +204,7 @@ __global__ void product_not_waited_for(float* data) {
   FD_SHARED(char, tile, 16 * 128);
   float d[4] = {};
   const uint32_t a[4] = {};
-  cuda::start_product<true>(d, a, cuda::make_tile<16>(tile, 128));
+  cuda::start_product<true>(d, a, cuda::make_tile<16>(tile, 128), 1);
   data[threadIdx.x] = d[0];
 }
 
