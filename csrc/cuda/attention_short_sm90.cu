@@ -230,8 +230,8 @@ bool run(const AttentionForward& a, int device, void* stream) {
   const Cut cut = cut_for(heads, (a.N + kGroupRows - 1) / kGroupRows, a.M, blocks);
   const int64_t items = heads * cut.parts;
   if (items >= int64_t{1} << 31) return false;  // as many rows of q: more than a device holds
-  FD_LAUNCH((attention_short<kBf16, kD, kKeys>), grid_for(items < blocks ? items : blocks), kThreads,
-            (Layout<kD, kKeys>::kBytes), stream, maps, a, static_cast<int>(items), cut);
+  FD_LAUNCH_SM90((attention_short<kBf16, kD, kKeys>), grid_for(items < blocks ? items : blocks), kThreads,
+                 (Layout<kD, kKeys>::kBytes), stream, maps, a, static_cast<int>(items), cut);
   return true;
 }
 
