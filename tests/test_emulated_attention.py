@@ -190,6 +190,16 @@ def test_large_logits_have_the_gradients_of_their_weights(emu: Emulator, size: f
     assert torch.equal(dv[:, :, :65], dv[:, :, 65:])
 
 
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_bounds_of_gradients_at_large_scores_hide_nothing(emu: Emulator, scale: float) -> None:
+    """Scores of some hundreds, and weights too small to be kept: right results pass, and those without delta do not."""
+    call = tuple(qkv(10, 20, 32, torch.float32))
+    expected = _check.expect(SPECS["attention"], call, {"scale": scale}, gradients=True)
+    assert not _check.check(expected).failures
+    emu.mutate("kAttentionDelta")
+    assert _check.check(expected).failures
+
+
 def test_small_weights_of_float16_count(emu: Emulator) -> None:
     """511 weights of 2^-23 of the largest: float16 has a single bit for them, unless they are scaled."""
     k = torch.full((1, 1, 512, 8), -23.0 * math.log(2) / 8)

@@ -10,8 +10,15 @@
 // are. A row's maximum is shared by its quad at every tile, its sum only at the end. d = 72 costs 72: four steps of 16
 // and one of 8 for the scores, nine columns of 8 for the result. A warp owns 32 queries up to d = 80, so that a
 // fragment of k or v serves two products. Norm and rotation happen to tiles in shared memory, once per tile and block,
-// in float32. Whole rows of scores (N <= 256) would take 128 registers per 16 queries to save the rescaling, which is
-// an eighth of the arithmetic of the softmax: not done. No split over keys: a query's bits depend on M and d.
+// in float32. No split over keys: a query's bits depend on M and d.
+//
+// Whole rows of scores (M <= 256, keys and values of a head staged once) were tried at d = 72 in bfloat16, a warp with
+// 16 queries and their 128 registers of scores: 212 registers (sm_90a; 222 on sm_80), no spills. For 16 queries and 256
+// keys, counted in the machine code (sm_90a) from the first operand read to the last product, here (twice a tile), so:
+//   instructions 1628, 1612    mma.sync 304, 304    ldmatrix 100, 165    FMUL 272, 130    MUFU 136, 128    SHFL 16, 8
+// One percent fewer instructions (10 on sm_80), but a fragment of k or v serves one product, not two: of the 2300
+// cycles that the tensor cores take for four warps, shared memory is busy for 2380 instead of 1440. So not done; with
+// wgmma, which reads its operands from shared memory, it is (attention_short_sm90.cu).
 //
 // At d = 72 a warp's tile takes the time of 144 products m16n8k16, 1152 cycles of a quadrant's tensor core (sm_90), and
 // 180 cycles of shared memory (queries are read again for every tile: no register is left to hold them), 720 for the

@@ -70,25 +70,46 @@ def _take(b: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.Call:
 
 
 class _Bound:
-    """Magnitudes of attention on [B, H, tokens, d]; qm and km are those behind the elements of q and k."""
+    """Errors of attention on [B, H, tokens, d] in float32, in units of k = (4 + growth) U, what `tolerance` multiplies
+    them with; qm and km are the magnitudes behind the elements of q and k.
 
-    def __init__(self, q: Any, k: Any, v: Any, qm: Any, km: Any, scale: float | None) -> None:
+    A score s_j is off by k e_j, e_j = |scale| sum_c qm_c km_jc. Its weight is 2^(s_j - m), m being the same number for
+    the whole row (and with an online maximum, a product of powers whose exponents add up to that): besides the score,
+    the difference and the power are rounded, x_j = e_j + |s_j - m| + 1 altogether. What all weights of a row share
+    cancels when they are divided by their sum, so that a weight of the row, p_j, becomes at most
+
+        p_j exp(k x_j) / sum_i p_i exp(-k x_i) <= p_j exp(k (x_j + sum_i p_i x_i))      (Jensen)
+
+    and it is at most 1; below 2^-125 of the row's largest it may be 0. `moved` is how far that is from p_j (in units of
+    k), `upper` the weight itself. Then
+
+        out  = sum_j p_j v_j             is off by moved |v| and by the rounding of the products and sums, upper |v|
+        dS_j = scale p_j (dP_j - delta)  by moved_j |dP_j - delta| + upper_j (what dP_j and delta are off by)
+
+    where dP_j = g v_j is off by sum_c |g_c v_jc| and delta = sum_c g_c out_c by sum_c |g_c| times the error of out. The
+    difference is that of the exact values: a weight's error enters once, not through the magnitudes on both sides.
+    """
+
+    def __init__(self, q: Any, k: Any, v: Any, qm: Any, km: Any, scale: float | None, growth: float) -> None:
         self.scale = page._default_scale(q) if scale is None else scale
-        p = torch.softmax(self.scale * q @ k.transpose(-1, -2), -1)
-        # An error of a score moves its weight by as much, and all weights of the row through their sum; the row's
-        # maximum is subtracted from scores of its size.
-        e = abs(self.scale) * qm @ km.transpose(-1, -2)
-        row = (p * e).sum(-1, keepdim=True) + e.amax(-1, keepdim=True)
-        self.p, self.v = p * (1 + e + row), v
-        self.plain = p @ v
-        self.out = self.p @ v.abs()
+        self.unit = (4 + growth) * U
+        s = self.scale * q @ k.transpose(-1, -2)
+        p = torch.softmax(s, -1)
+        x = abs(self.scale) * qm @ km.transpose(-1, -2) + (s.amax(-1, keepdim=True) - s) + 1
+        x = x + (p * x).sum(-1, keepdim=True)
+        self.moved = (p * torch.expm1((self.unit * x).clamp(max=100))).clamp(max=1) / self.unit
+        self.moved = self.moved + 2.0**-125 / self.unit
+        self.upper = p + self.unit * self.moved
+        self.v, self.plain = v, p @ v
+        self.out = (self.moved + self.upper) @ v.abs()
 
-    def gradients(self, dtype: torch.dtype, g: Any, qm: Any, km: Any, growth: float) -> tuple[Any, Any, Any]:
-        stored = 0.5 * torch.finfo(dtype).eps * self.plain.abs() / ((4 + growth) * U)  # delta reads the stored result
-        g = g.abs()
-        delta = (g * (self.out + stored)).sum(-1, keepdim=True)
-        ds = abs(self.scale) * self.p * (g @ self.v.abs().transpose(-1, -2) + delta)
-        return ds @ km, ds.transpose(-1, -2) @ qm, self.p.transpose(-1, -2) @ g
+    def gradients(self, dtype: torch.dtype, g: Any, qm: Any, km: Any) -> tuple[Any, Any, Any]:
+        stored = 0.5 * torch.finfo(dtype).eps * self.plain.abs() / self.unit  # delta reads the stored result
+        ga, v = g.abs(), self.v.transpose(-1, -2)
+        difference = (g @ v - (g * self.plain).sum(-1, keepdim=True)).abs()
+        parts = ga @ v.abs() + (ga * (self.out + stored)).sum(-1, keepdim=True)
+        ds = abs(self.scale) * (self.moved * difference + self.upper * parts)
+        return ds @ km, ds.transpose(-1, -2) @ qm, (self.moved + self.upper).transpose(-1, -2) @ ga
 
 
 # Subnormal elements and products, which the dot product of bf16 pairs takes for zero, and the smallest step between
@@ -165,18 +186,18 @@ def _growth(q: Any, k: Any, v: Any, *, layout: str = "bhnd", **_: Any) -> float:
 def _bound(dtype: torch.dtype, q: Any, k: Any, v: Any, *, scale: Any = None, layout: str = "bhnd") -> Any:
     growth = _growth(q, k, v, layout=layout)
     q, k, v = (page._heads(t, layout) for t in (q, k, v))
-    found = _Bound(q, k, v, q.abs(), k.abs(), scale)
-    return (page._heads(found.out + _sixteen(dtype, q, k, v, found.scale, False) / ((4 + growth) * U), layout),)
+    found = _Bound(q, k, v, q.abs(), k.abs(), scale, growth)
+    return (page._heads(found.out + _sixteen(dtype, q, k, v, found.scale, False) / found.unit, layout),)
 
 
 def _grad_bound(dtype: torch.dtype, grads: Any, q: Any, k: Any, v: Any, *, scale: Any = None,
                 layout: str = "bhnd") -> dict[str, Any]:  # fmt: skip
     growth = _growth(q, k, v, layout=layout)
     q, k, v, g = (page._heads(t, layout) for t in (q, k, v, grads[0]))
-    bound = _Bound(q, k, v, q.abs(), k.abs(), scale)
-    found = bound.gradients(dtype, g, q.abs(), k.abs(), growth)
+    bound = _Bound(q, k, v, q.abs(), k.abs(), scale, growth)
+    found = bound.gradients(dtype, g, q.abs(), k.abs())
     rounded = _sixteen_gradients(dtype, q, k, v, g, bound.scale, False)
-    dq, dk, dv = (page._heads(t + r / ((4 + growth) * U), layout) for t, r in zip(found, rounded, strict=True))
+    dq, dk, dv = (page._heads(t + r / bound.unit, layout) for t, r in zip(found, rounded, strict=True))
     if k.data_ptr() == v.data_ptr():  # the same tensor in two places has one gradient
         dk = dv = dk + dv
     return {"q": dq, "k": dk, "v": dv}
@@ -222,18 +243,18 @@ def _growth_packed(qkv: Any, **_: Any) -> float:
     return math.sqrt(max(qkv.shape[-1], qkv.shape[1]))
 
 
-def _packed_bound_of(q: Any, k: Any, v: Any, scale: Any) -> tuple[_Bound, tuple[Any, ...]]:
+def _packed_bound_of(q: Any, k: Any, v: Any, scale: Any, growth: float) -> tuple[_Bound, tuple[Any, ...]]:
     x, y, v, xm, ym = (t.transpose(1, 2) for t in (q.value, k.value, v, q.magnitude, k.magnitude))
-    return _Bound(x, y, v, xm, ym, scale), (xm, ym)
+    return _Bound(x, y, v, xm, ym, scale, growth), (xm, ym)
 
 
 def _bound_packed(dtype: torch.dtype, qkv: Any, *, scale: Any = None, q_norm: Any = None, k_norm: Any = None,
                   eps: float = 1e-6, rope: Any = None, rope_interleaved: bool = False) -> Any:  # fmt: skip
     q, k, v = _prepared(qkv, q_norm, k_norm, eps, rope, rope_interleaved)
-    bound, _ = _packed_bound_of(q, k, v, scale)
+    bound, _ = _packed_bound_of(q, k, v, scale, _growth_packed(qkv))
     x, y, v = (t.transpose(1, 2) for t in (q.value, k.value, v))
     prepared = q_norm is not None or k_norm is not None or rope is not None
-    rounded = _sixteen(dtype, x, y, v, bound.scale, prepared) / ((4 + _growth_packed(qkv)) * U)
+    rounded = _sixteen(dtype, x, y, v, bound.scale, prepared) / bound.unit
     return ((bound.out + rounded).transpose(1, 2),)
 
 
@@ -241,13 +262,13 @@ def _grad_bound_packed(dtype: torch.dtype, grads: Any, qkv: Any, *, scale: Any =
                        k_norm: Any = None, eps: float = 1e-6, rope: Any = None,
                        rope_interleaved: bool = False) -> dict[str, Any]:  # fmt: skip
     q, k, v = _prepared(qkv, q_norm, k_norm, eps, rope, rope_interleaved)
-    bound, (qm, km) = _packed_bound_of(q, k, v, scale)
-    growth, g = _growth_packed(qkv), grads[0].transpose(1, 2)
-    found = bound.gradients(dtype, g, qm, km, growth)
+    bound, (qm, km) = _packed_bound_of(q, k, v, scale, _growth_packed(qkv))
+    g = grads[0].transpose(1, 2)
+    found = bound.gradients(dtype, g, qm, km)
     x, y, z = (t.transpose(1, 2) for t in (q.value, k.value, v))
     prepared = q_norm is not None or k_norm is not None or rope is not None
     rounded = _sixteen_gradients(dtype, x, y, z, g, bound.scale, prepared)
-    dq, dk, dv = ((t + r / ((4 + growth) * U)).transpose(1, 2) for t, r in zip(found, rounded, strict=True))
+    dq, dk, dv = ((t + r / bound.unit).transpose(1, 2) for t, r in zip(found, rounded, strict=True))
     (dq, dq_norm), (dk, dk_norm) = q.back(dq), k.back(dk)
     return {"qkv": torch.stack([dq, dk, dv], 2), "q_norm": dq_norm, "k_norm": dk_norm}
 
