@@ -20,7 +20,8 @@
 //   and results out                                  1.5            1.5
 //   tensor cores (m64n8k16 taking 4 to 16)           4.9 to 5.6     the same
 //   exponentials (16 a cycle)                        4.1            4.2
-//   instructions of a quadrant, 1350 a tile          5.4            6.0: maxima, sums and factors twice
+//   instructions of a quadrant (1618, 1856 a tile)   6.5            7.4: maxima, sums and factors twice
+// The instructions are those in the machine code, masks for ragged rows included, so at most so many are issued.
 // The online kernel asks more of L2 than memory gives; here everything fits beside memory. Nor has every item a
 // pipeline to fill, of two tiles of keys one without products of values to run beside its exponentials. Predicted: 85 %
 // of the floor, 41 us for B H = 1024 (missing: the first load of every block, and 1024 heads over 132 blocks are 7.76
