@@ -245,8 +245,7 @@ FD_D void multiply(float (&c)[kTiles][kColumns][4], const Left<kType, kD, kTiles
   if constexpr (kType != kF32) {
     (void)d;
     constexpr bool kBf16 = kType == kBF16;
-    [[maybe_unused]] constexpr int kUnrolled = kHold && kD >= 16 ? kD / 16 : 4;
-#pragma unroll(kUnrolled)
+#pragma unroll(!kHold || kD < 16 ? 4 : kD / 16)
     for (int s = 0; s < kD / 16; ++s) {
       uint32_t a[kTiles][4];
 #pragma unroll
