@@ -18,7 +18,7 @@
 //   bf16        92         20             2304          46 KB         about 520 (branches: 710)    3.7 /ns, 53 %
 //   f16        110         16             2304          37 KB         about 520                    3.7 /ns, 53 %
 //   f32        128         16             4608          74 KB         about 480                    1.7 /ns, 24 %
-// So memory is covered three times over in any type, and in 16 bits it is the issue of instructions that could run short.
+// So memory is covered three times over, and in 16 bits it is the issue of instructions that could run short.
 // Hence the case that transformers have, modulation of the type of x without weight and bias, is a straight line (no
 // branch on a type per vector), and the deviation from the mean is subtracted once. Operands of other types are
 // converted behind a branch that is the same for the whole grid (vec.cuh).
