@@ -91,9 +91,7 @@ def test_backward_matches_float64(emu: Emulator, group: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", STORED)
-@pytest.mark.parametrize(
-    ("D", "gated"), [(40, True), (296, False), (1152, True), (1152, False)]
-)
+@pytest.mark.parametrize(("D", "gated"), [(40, True), (296, False), (1152, True), (1152, False)])
 def test_the_norm_sites_of_a_transformer(emu: Emulator, D: int, gated: bool, dtype: torch.dtype) -> None:
     """One type, no weight or bias, modulation per sample or shared: kernels of their own, and two of them forward, one
     for few rows and one for many, that give the same bits."""
