@@ -16,8 +16,9 @@
 // 7 warp instructions/ns an SM), D = 1152. Reads in flight must cover 16 B/ns * 700 ns = 11 KB an SM:
 //   type   registers  warps an SM  bytes of x a warp  in flight  instructions a row  issued at the copy's rate
 //   bf16        92         20             2304          46 KB         about 520 (branches: 710)    3.7 /ns, 53 %
+//   f16        110         16             2304          37 KB         about 520                    3.7 /ns, 53 %
 //   f32        128         16             4608          74 KB         about 480                    1.7 /ns, 24 %
-// So memory is covered twice over in either type, and in 16 bits it is the issue of instructions that could run short.
+// So memory is covered three times over, and in 16 bits it is the issue of instructions that could run short.
 // Hence the case that transformers have, modulation of the type of x without weight and bias, is a straight line (no
 // branch on a type per vector), and the deviation from the mean is subtracted once. Operands of other types are
 // converted behind a branch that is the same for the whole grid (vec.cuh).
@@ -116,17 +117,17 @@ template <int kThreads>
 constexpr int kBlockThreads = kThreads * kRowsPerBlock<kThreads>;
 // Threads that an SM must be able to hold, hence a bound on registers: enough 16-byte loads in flight, and no spills
 // (benchmarks/ptxas_report.py).
-template <int kVec, int kThreads, bool kEarly>
-constexpr int kMinBlocks = (kEarly      ? 256
-                            : kVec == 1 ? 1024
-                            : kVec == 4 ? 512
-                                        : 640) /
+template <int kVec, int kThreads, int kType, bool kEarly>
+constexpr int kMinBlocks = (kEarly                       ? 256
+                            : kVec == 1                  ? 1024
+                            : kVec == 4 || kType == kF16 ? 512
+                                                         : 640) /
                            kBlockThreads<kThreads>;
 
 // One row per kThreads threads, kPer vectors of kVec elements per thread. kType: the type of x, branch, residual and y
 // when it is known at compile time, else -1. kEarly: is_plain, and the modulation is requested along with x.
 template <int kVec, int kPer, int kThreads, int kType, bool kEarly>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads, kEarly>)
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, kMinBlocks<kVec, kThreads, kType, kEarly>)
     forward_rows(const AdalnForward a) {
   constexpr int kWarps = kThreads / 32, kRows = kRowsPerBlock<kThreads>;
   FD_SHARED(float, buffers, 2 * kWarps);
