@@ -160,52 +160,49 @@ inline int vector_of(const Strided& images, int64_t C, int64_t W) {
   return fits ? vec : 1;
 }
 
-// The launches of either direction.
+// How a kernel of either direction is launched: FD_SHAPE(shape) are the first arguments of FD_LAUNCH.
+struct Shape {
+  unsigned grid;
+  int threads;
+  size_t bytes;
+  int32_t column_numbers;  // of an image in one launch: what the columns take of the shared memory
+};
+#define FD_SHAPE(shape) (shape).grid, (shape).threads, (shape).bytes
+
 template <typename Operands>
 struct Launches {
-  using Whole = void (*)(Operands, Job, int32_t);
-  using Part = void (*)(Operands, Job);
-
   const Operands& a;
-  void* stream;
   SpectrumLayout l;
   Job j;
 
-  Launches(const Operands& operands, const Strided& images, void* s)
+  Launches(const Operands& operands, const Strided& images)
       : a(operands),
-        stream(s),
         l(a.plan_w, a.plan_h),
         j(make_job(l, fft_plan(a.plan_w, a.pos_w, a.table_w), fft_plan(a.plan_h, a.pos_h, a.table_h))) {
     j.vec = vector_of(images, a.C, a.W);
+    j.count = a.B;
   }
 
   // Images by one block each.
-  void whole(const char* name, Whole kernel) {
-    j.count = a.B;
+  Shape whole() const {
     const int64_t column_bytes = l.column_bytes(l.K), bytes = column_bytes + l.row_bytes(l.row_lanes);
-    launch(name, kernel, grid_for(a.B), threads(l.row_lanes, l.K, kMaxThreads), static_cast<size_t>(bytes), stream, a,
-           j, static_cast<int32_t>(column_bytes / 8));
+    return {grid_for(a.B), threads(l.row_lanes, l.K, kMaxThreads), static_cast<size_t>(bytes),
+            static_cast<int32_t>(column_bytes / 8)};
   }
 
-  // Images by one cluster each.
-  void clusters(const char* name, Whole kernel) {
+  // Images by one cluster each; the job is divided accordingly.
+  Shape cluster() {
     const SpectrumCluster c(l, a.ranks);
     const auto ranks = static_cast<unsigned>(a.ranks), most = 0x7fffffffu / ranks, images = grid_for(a.B);
-    j.count = a.B;
     j.row_lanes = static_cast<int32_t>(c.row_lanes), j.row_groups = static_cast<int32_t>(c.row_groups);
     j.lanes = static_cast<int32_t>(c.columns), j.groups = a.ranks;
-    launch_cluster(name, kernel, a.ranks, ranks * (images < most ? images : most),
-                   threads(c.row_lanes, c.columns, kClusterThreads), static_cast<size_t>(c.bytes), stream, a, j,
-                   static_cast<int32_t>(c.column_bytes / 8));
+    return {ranks * (images < most ? images : most), threads(c.row_lanes, c.columns, kClusterThreads),
+            static_cast<size_t>(c.bytes), static_cast<int32_t>(c.column_bytes / 8)};
   }
 
-  // Rows or columns of the images of this wave, in shared memory or global.
-  void rows(const char* name, Part in_shared, Part in_global) {
-    part(name, in_shared, in_global, l.shared_rows, j.row_groups, l.w.span * l.row_lanes, l.row_bytes(l.row_lanes));
-  }
-  void columns(const char* name, Part in_shared, Part in_global) {
-    part(name, in_shared, in_global, l.shared_columns, j.groups, l.h.span * l.lanes, l.column_bytes(l.lanes));
-  }
+  // Rows or columns of the images of this wave, in shared memory (l.shared_rows, l.shared_columns) or global.
+  Shape rows() const { return part(l.shared_rows, j.row_groups, l.w.span * l.row_lanes, l.row_bytes(l.row_lanes)); }
+  Shape columns() const { return part(l.shared_columns, j.groups, l.h.span * l.lanes, l.column_bytes(l.lanes)); }
 
   template <typename Both>
   void waves(const Both& both) {
@@ -213,6 +210,7 @@ struct Launches {
       j.count = a.B - j.first < a.wave ? a.B - j.first : a.wave;
       both();
     }
+    j.first = 0, j.count = a.B;
   }
 
  private:
@@ -220,11 +218,10 @@ struct Launches {
     const int64_t row_numbers = l.w.span * row_lanes, column_numbers = l.h.span * columns;
     return threads_for(row_numbers > column_numbers ? row_numbers : column_numbers, most);
   }
-  void part(const char* name, Part in_shared, Part in_global, bool shared, int32_t blocks, int64_t numbers,
-            int64_t bytes) {
+  Shape part(bool shared, int32_t blocks, int64_t numbers, int64_t bytes) const {
     const int64_t tasks = j.count * blocks;
-    launch(name, shared ? in_shared : in_global, shared ? grid_for(tasks) : few_blocks(tasks), threads_for(numbers),
-           shared ? static_cast<size_t>(bytes) : 0, stream, a, j);
+    return {shared ? grid_for(tasks) : few_blocks(tasks), threads_for(numbers), shared ? static_cast<size_t>(bytes) : 0,
+            0};
   }
 };
 

@@ -259,13 +259,30 @@ __global__ void __launch_bounds__(kClusterThreads)
 void spectrum_backward(const SpectrumBackward& a, int device, void* stream) {
   if (a.B == 0) return;
   const DeviceGuard guard(device);
-  Launches<SpectrumBackward> run(a, a.dimages, stream);
+  Launches<SpectrumBackward> run(a, a.dimages);
+  const Job& j = run.j;
   if (a.R > 0) FD_LAUNCH(ring_gradients, grid_for(a.B), 256, 0, stream, a);
-  if (a.ranks > 1) return run.clusters("clusters", clusters);
-  if (a.ranks == 1) return run.whole("whole", whole);
+  if (a.ranks > 1) {
+    const Shape s = run.cluster();
+    FD_LAUNCH_CLUSTER(clusters, a.ranks, FD_SHAPE(s), stream, a, j, s.column_numbers);
+    return;
+  }
+  if (a.ranks == 1) {
+    const Shape s = run.whole();
+    FD_LAUNCH(whole, FD_SHAPE(s), stream, a, j, s.column_numbers);
+    return;
+  }
   run.waves([&] {
-    run.columns("columns", columns<true>, columns<false>);
-    run.rows("rows", rows<true>, rows<false>);
+    const Shape c = run.columns();
+    if (run.l.shared_columns)
+      FD_LAUNCH((columns<true>), FD_SHAPE(c), stream, a, j);
+    else
+      FD_LAUNCH((columns<false>), FD_SHAPE(c), stream, a, j);
+    const Shape r = run.rows();
+    if (run.l.shared_rows)
+      FD_LAUNCH((rows<true>), FD_SHAPE(r), stream, a, j);
+    else
+      FD_LAUNCH((rows<false>), FD_SHAPE(r), stream, a, j);
   });
 }
 
