@@ -35,8 +35,8 @@
 // batch of one, 1/9 of the time if a block alone on an SM is no faster than one of two. It is done while there are no
 // more blocks than SMs. A larger batch takes the segments one after the other in one block, which computes both the
 // state from zeros and the true one (a multiply-add per state and step, no exp: about a tenth more; 128 registers, four
-// blocks of an SM of sm_90), and hands on the
-// same float: whether L is cut depends on L, D, N, K and G alone, and how it is done does not show in a bit.
+// blocks of an SM of sm_90), and hands on the same float: whether L is cut depends on L, D, N, K and G alone, and how
+// it is done does not show in a bit.
 //
 // Counted in the loop over steps (sm_90a, before restarts got a loop of their own): 9.4 instructions per exp, 6.9 of
 // them arithmetic and shared memory, where the exp unit takes the time of 8. Softplus, gate, conversions, requests and
