@@ -54,7 +54,7 @@ namespace cuda {
 namespace {
 
 // What a block does with the steps it is given.
-enum Mode {
+enum {
   kReplay,  // outputs and states, of all L or of one segment
   kEnds,    // the end state of a segment that begins with zeros, and the product of its decays
   kFused    // all L, segment by segment: both at once
@@ -65,7 +65,7 @@ FD_D int64_t carry_offset(const Scan& a, const Plan& p, const Task& t, int64_t s
   return (((t.b * a.K + t.k) * p.segments + segment) * (2 * p.rows + 1) + row) * a.D + t.first;
 }
 
-template <int kChannels, bool kComplex, Mode kMode>
+template <int kChannels, bool kComplex, int kMode>
 __global__ void __launch_bounds__(kMaxThreads, kMode == kFused ? 2 : 3) scan_kernel(Scan a, Plan p) {
   constexpr int kPitch = kChannels + 1;
   FD_SHARED_DYNAMIC(float, memory);

@@ -500,10 +500,9 @@ def _empty_multi(**sizes: int) -> Callable[..., reg.Call]:
     return make
 
 
-def _ops(u: Any, delta: Any, A: Any, *_: Any, **__: Any) -> int:
-    """Per step and state: t A, exp, times h, (t u) B, two additions, times C."""
-    K = delta.shape[1 if delta.shape[-1] == u.shape[-1] else 2] if delta.dim() == 4 else 1
-    return int(7 * u.numel() * A.shape[-1] * K)
+def _ops(u: Any, delta: Any, A: Any, *_: Any, orders: Any = (None,), **__: Any) -> int:
+    """Per direction, step and state: t A, exp, times h, (t u) B, two additions, times C."""
+    return int(7 * u.numel() * A.shape[-1] * len(orders))
 
 
 def _lower(*args: Any, **kwargs: Any) -> tuple[Any, tuple[Any, ...]]:
