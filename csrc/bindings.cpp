@@ -273,12 +273,12 @@ bool fast_view(const dlpack::Tensor& t, Role role, const dlpack::Tensor& x, View
   if (role == kParameter) return false;
   if (t.ndim == 2) {
     if (role == kWhole || (t.shape[0] != B && t.shape[0] != 1)) return false;
-    v->sb = t.shape[0] == 1 ? 0 : t.strides[0];
+    v->sb = t.shape[0] == B ? t.strides[0] : 0;  // also of a single sample: its batch would go the same way
     return true;
   }
   if (t.ndim != 3 || (role == kWhole && !t.same_shape(x))) return false;
   if ((t.shape[0] != B && t.shape[0] != 1) || (t.shape[1] != N && t.shape[1] != 1)) return false;
-  v->sb = t.shape[0] == 1 ? 0 : t.strides[0], v->sn = t.shape[1] == 1 ? 0 : t.strides[1];
+  v->sb = t.shape[0] == B ? t.strides[0] : 0, v->sn = t.shape[1] == N ? t.strides[1] : 0;
   return true;
 }
 

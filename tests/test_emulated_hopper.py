@@ -123,6 +123,18 @@ def test_large_logits_and_rows_that_do_not_count(emu: Emulator) -> None:
         forward(emu, "attention", q.abs(), k, v)
 
 
+@pytest.mark.parametrize("M", [250, 512])
+def test_small_weights_keep_their_bits(emu: Emulator, M: int) -> None:
+    """One key has nearly all the weight and a value of 0: the others, each at 1.5 * 2^-24, make the result."""
+    q, k, v = (torch.zeros(1, 1, n, 64, dtype=torch.float16) for n in (8, M, M))
+    q[..., 0], k[..., 1:, 0], v[..., 1:, :] = 8, -2, 1
+    with torch.no_grad():
+        found = attention(q, k, v, scale=16.06 / 16)
+        want = attention(*(t.double() for t in (q, k, v)), scale=16.06 / 16)
+    assert served(emu)
+    torch.testing.assert_close(found.double(), want, rtol=2e-2, atol=0)
+
+
 def test_gradients_follow_from_its_statistics(emu: Emulator) -> None:
     q, k, v = (draw(i, 1, 2, 150, 72, dtype=torch.bfloat16) for i in range(3))
     found = _check.check(_check.expect(SPECS["attention"], (q, k, v), {}, gradients=True))

@@ -76,6 +76,20 @@ def check(args: Any, kwargs: Any, op: str = "selective_scan") -> None:
     assert not finding.failures, (_check.describe(args, kwargs), finding.failures)
 
 
+@pytest.mark.parametrize("L", [5, 38])
+def test_a_state_that_forgets_at_once(emu: Emulator, L: int) -> None:
+    """A of minus infinity (-exp of a large number): the steps that fill up the last tile leave its state alone."""
+    args, kwargs = call(B=1, D=8, L=L, N=4, everything=False)
+    args[2][0, 0] = -math.inf
+    with torch.no_grad(), use_backend("native"):
+        y, last = SPECS["selective_scan"].function(*args, return_last_state=True, **kwargs)
+    with torch.no_grad(), use_backend("reference"):
+        want_y, want = SPECS["selective_scan"].function(*args, return_last_state=True, **kwargs)
+    assert want.isfinite().all()
+    torch.testing.assert_close(last, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, want_y, rtol=1e-4, atol=1e-4)
+
+
 # Floats of state: one lane to 32, just below and above each count of lanes and the change from 32 channels to 8.
 @pytest.mark.parametrize("N", [0, 1, 4, 5, 16, 17, 32, 33, 128])
 def test_states(emu: Emulator, N: int) -> None:

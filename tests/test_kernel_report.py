@@ -150,8 +150,14 @@ def test_targets_are_met_missed_or_not_measured() -> None:
     assert copy.state(rows[:-1]).startswith("met as far as measured") and "gate_residual_adaln" in copy.state(rows[:-1])
     rows[1]["share_of_copy"] = 0.84
     assert copy.state(rows).startswith("**missed**: 0.84 of copy (gate_residual ")
-    rows[1]["problem"] = "wrong"
-    assert "not measured: gate_residual " in copy.state(rows)
+    rows[1]["problem"] = "wrong, so not timed"
+    assert copy.state(rows) == "**missed**: gate_residual [64,256,1152] bfloat16: wrong, so not timed"
+    everywhere = next(t for t in targets.TARGETS if "everywhere" in t.text)
+    rows = [_row("adaln_modulate", "[1]", ratios={"compile": {"median": 1.2}}), _row("adaln_modulate", "[2]")]
+    assert everywhere.state(rows[:1]).startswith("met: 1.2")
+    assert everywhere.state(rows).startswith("met as far as measured") and "adaln_modulate [2]" in everywhere.state(
+        rows
+    )
     best = next(t for t in targets.TARGETS if "d = 72" in t.text)
     ratios = {"sdpa": {"median": 2.0}, "sdpa-cudnn": {"median": 1.1}, "eager": {"median": 0.5}}
     assert "1.1 ×" in best.state([_row("attention", "[64,16,256,72]", ratios=ratios)])
@@ -167,4 +173,6 @@ def test_targets_are_about_shapes_that_exist(tmp_path: Path) -> None:
             assert set(target.shapes) <= set(shapes_on(SPECS[op], torch.device("cuda"))), (op, target.shapes)
     record = tmp_path / "cpu.json"
     record.write_text('{"device": "cpu", "rows": [{"op": "gelu"}]}')
-    assert targets.read([record, tmp_path / "absent.json"]) == ([], [])
+    cut = tmp_path / "cut.json"
+    cut.write_text('{"device": "cuda", "rows": [{"op"')
+    assert targets.read([cut, record, tmp_path / "absent.json"]) == ([], [])

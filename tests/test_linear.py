@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import fastdiff
 from fastdiff.models import DiT
 from fastdiff.ops import _linear
 
+dit = importlib.import_module("fastdiff.models.dit")  # the package has a function of that name
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -78,6 +80,7 @@ class Called(TorchDispatchMode):
 
 def test_on_a_gpu_the_mlp_of_a_dit_goes_through_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_linear, "_is_tanh", lambda device: True)
+    monkeypatch.setattr(_linear, "_unobserved", lambda tensors: True)  # the mode that watches here
     mlp = DiT(input_size=4, patch_size=2, hidden_size=16, depth=1, num_heads=2).blocks[0].mlp
     with FakeTensorMode():
         for fc in (mlp.fc1, mlp.fc2):
@@ -92,6 +95,50 @@ def test_on_a_gpu_the_mlp_of_a_dit_goes_through_the_epilogue(monkeypatch: pytest
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
         with torch.no_grad():
             assert not _linear._epilogue(x, mlp.fc1.weight, mlp.fc1.bias)
+
+
+def test_fake_tensors_and_modes_see_a_product_and_a_gelu() -> None:
+    with FakeTensorMode():
+        x, weight, bias = (torch.empty(s, device="cuda") for s in ((4, 6), (8, 6), (8,)))
+        with torch.no_grad(), Called() as called:
+            assert _linear.linear(x, weight, bias, gelu=True).shape == (4, 8)
+    assert "aten._addmm_activation.default" not in called.names
+    assert "aten.addmm.default" in called.names
+
+
+class Marked(torch.Tensor):
+    """Somebody's own tensor."""
+
+
+def test_a_subclass_and_a_profiler_are_observers() -> None:
+    x = torch.ones(2, 2)
+    assert _linear._unobserved((x, torch.nn.Parameter(x)))
+    assert not _linear._unobserved((x, x.as_subclass(Marked)))
+    with Called():
+        assert not _linear._unobserved((x,))
+
+
+@pytest.mark.parametrize("watch", ["forward", "hook", "pre-hook", "backward hook", "global hook", "subclass"])
+def test_a_layer_that_somebody_watches_is_called(watch: str) -> None:
+    layer: torch.nn.Module = torch.nn.Linear(2, 2)
+    assert dit._is_plain(layer)
+    if watch == "forward":  # as accelerate hooks a module
+        layer.forward = lambda x: x
+    elif watch == "hook":
+        layer.register_forward_hook(lambda *_: None)
+    elif watch == "pre-hook":
+        layer.register_forward_pre_hook(lambda *_: None)
+    elif watch == "backward hook":
+        layer.register_full_backward_hook(lambda *_: None)
+    elif watch == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert not dit._is_plain(layer)
+        handle.remove()
+        assert dit._is_plain(layer)
+        return
+    else:
+        layer = torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    assert not dit._is_plain(layer)
 
 
 @pytest.mark.skipif(harness.why_not() is not None, reason="the CUDA emulator cannot be built")

@@ -171,7 +171,15 @@ FD_D float largest(const float (&s)[64], int row) {
   return top;
 }
 
-// s becomes 2^(c s - from) in that row; returns the sum of this lane's.
+// Weights are at most 1. As float16 they are kept times 2^15, as in attention.cuh, so that those down to 2^-29 have all
+// their bits.
+template <bool kBf16>
+constexpr float kShift = kBf16 ? 0.0f : 15.0f;
+template <bool kBf16>
+constexpr float kUnshift = kBf16 ? 1.0f : 1.0f / 32768;
+
+// s becomes 2^(c s - from), times 2^kShift, in that row; returns the sum of this lane's.
+template <bool kBf16>
 FD_D float raise(float (&s)[64], int row, float c, float from) {
   float total = 0;
 #pragma unroll
@@ -179,7 +187,7 @@ FD_D float raise(float (&s)[64], int row, float c, float from) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float& x = s[4 * j + 2 * row + i];
-      x = exp2_fast(scaled(x, c) - from);
+      x = exp2_fast((scaled(x, c) - from) + kShift<kBf16>);
       total += x;
     }
   }
@@ -208,7 +216,7 @@ FD_D void put_result(const Result<kD>& o, const float (&m)[2], const float (&sum
     const int64_t row = first + g + 8 * i;
     if (a.stats != nullptr && lane % 4 == 0 && row < a.N) {
       float* const at = a.stats + 2 * ((b * a.H + h) * a.N + row);
-      at[0] = m[i], at[1] = total;
+      at[0] = m[i], at[1] = total * kUnshift<kBf16>;
     }
     char* const to = rows + (g + 8 * i) * C::kOutRow + 2 * column;
 #pragma unroll

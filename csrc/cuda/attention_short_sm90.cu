@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int part = 0; part < kParts; ++part) {
           pin(s[part]);
 #pragma unroll
-          for (int row = 0; row < 2; ++row) sum[row] += raise(s[part], row, c, from[row]);
+          for (int row = 0; row < 2; ++row) sum[row] += raise<kBf16>(s[part], row, c, from[row]);
           if (part == 0 && !FD_MUTATED(kShortValuesFull)) wait_phase(&bar.v_full[stage], full);
           if (part > 0) wait_products<0>(), pin(o);
           pack<kBf16>(s[part], p[part]);

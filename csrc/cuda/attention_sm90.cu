@@ -50,6 +50,7 @@ struct Barriers {
 
 // One step of the online softmax: s becomes 2^(c s - m); m and the sums move on, and factor[i] is what everything
 // summed so far shrinks by. `keys`: how many columns there are; the others do not count.
+template <bool kBf16>
 FD_D void soften(float (&s)[64], float c, int keys, float (&m)[2], float (&sum)[2], float (&factor)[2]) {
   drop_keys(s, keys);
 #pragma unroll
@@ -59,7 +60,7 @@ FD_D void soften(float (&s)[64], float c, int keys, float (&m)[2], float (&sum)[
     const float from = next == -INFINITY ? 0.0f : next;
     factor[row] = exp2_fast(m[row] - from);
     m[row] = next;
-    sum[row] = sum[row] * factor[row] + raise(s, row, c, from);  // of this lane's columns
+    sum[row] = sum[row] * factor[row] + raise<kBf16>(s, row, c, from);  // of this lane's columns
   }
 }
 
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wait_products<0>();
       pin(s);
       release(&bar.k_empty[turn % kStages]);
-      soften(s, c, static_cast<int>(a.M < kTile ? a.M : kTile), m, sum, factor);
+      soften<kBf16>(s, c, static_cast<int>(a.M < kTile ? a.M : kTile), m, sum, factor);
       pack<kBf16>(s, p);
       for (int t = 1; t < tiles; ++t, ++turn) {
         const int next = turn + 1;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         pin(s);
         release(&bar.k_empty[next % kStages]);
         const int64_t left = a.M - static_cast<int64_t>(t) * kTile;
-        soften(s, c, static_cast<int>(left < kTile ? left : kTile), m, sum, factor);
+        soften<kBf16>(s, c, static_cast<int>(left < kTile ? left : kTile), m, sum, factor);
         if (!FD_MUTATED(kHopperWait)) wait_products<0>();
         pin(o);
         release(&bar.v_empty[turn % kStages]);

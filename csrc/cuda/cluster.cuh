@@ -50,8 +50,7 @@ inline bool can_launch_cluster(void (*kernel)(Params...), int cluster, int threa
   config.dynamicSmemBytes = smem, config.attrs = &attribute, config.numAttrs = 1;
   // What was compiled for less has no body (kClusters), wherever it runs.
   const bool can = cudaFuncGetAttributes(&found, kernel) == cudaSuccess && found.ptxVersion >= 90 &&
-                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)) ==
-                       cudaSuccess &&
+                   allow_shared(reinterpret_cast<const void*>(kernel), smem) == cudaSuccess &&
                    cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0;
   if (!can) cudaGetLastError();  // nobody else's concern
   return can;

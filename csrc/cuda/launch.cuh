@@ -1,6 +1,8 @@
 // What a .cu file needs around its kernels: launches that throw, the device guard, grid sizes. Includes the CUDA
 // runtime, or its stand-in that runs the same file on the host (csrc/emu).
 #pragma once
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -69,13 +71,31 @@ inline int multiprocessors(int device) {
 #endif
 }
 
+#ifdef __CUDACC__
+// Lets a kernel have that much dynamic shared memory on the current device; more than 48 KB is given only to who asks.
+// The limit is the kernel's, not the launch's: it never goes down, since another thread may be about to launch.
+inline cudaError_t allow_shared(const void* kernel, size_t smem) {
+  if (smem <= (48 << 10)) return cudaSuccess;
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (smem <= most) return cudaSuccess;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  if (status == cudaSuccess) most = smem;
+  return status;
+}
+#endif
+
 // kSm90: the kernel is for sm_90 and later, and may use the shared memory of a block there (227 KB instead of 99).
 template <bool kSm90 = false, typename... Params, typename... Args>
 inline void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, void* stream,
                    Args&&... args) {
 #ifdef __CUDACC__
-  if (smem > (48 << 10))  // more than that is given only to who asks
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), name);
+  check(allow_shared(reinterpret_cast<const void*>(kernel), smem), name);
   kernel<<<grid, block, smem, static_cast<cudaStream_t>(stream)>>>(std::forward<Args>(args)...);
   check(cudaGetLastError(), name);
 #else
@@ -89,8 +109,7 @@ template <typename... Params, typename... Args>
 inline void launch_cluster(const char* name, void (*kernel)(Params...), int cluster, dim3 grid, dim3 block, size_t smem,
                            void* stream, Args&&... args) {
 #ifdef __CUDACC__
-  if (smem > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)), name);
+  check(allow_shared(reinterpret_cast<const void*>(kernel), smem), name);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);

@@ -416,6 +416,8 @@ FD_D void load_rates(const Scan& a, const Plan& p, const Task& t, int c, int s, 
     if (r < p.rows && c < t.cols)
       rate[j] = element(a.A, t.k * a.A.s[0] + (t.first + c) * a.A.s[1] + n * a.A.s[2] + part * a.A.s[3]) *
                 (part ? 1.0f : kLog2e);
+    // The steps beyond the last one take t = 0: 0 times minus infinity would not leave the state as it is.
+    if (part == 0 && rate[j] < -3e38f) rate[j] = -3e38f;
   }
 }
 

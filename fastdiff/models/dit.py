@@ -123,6 +123,17 @@ class Attention(nn.Module):
         return projected
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """A linear layer that nobody watches or has changed: its product may be made without calling it."""
+    every = nn.modules.module
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name) or getattr(every, f"_global{name}") for name in hooks)
+    )
+
+
 class Mlp(nn.Module):
     """Two-layer perceptron with the tanh form of GELU."""
 
@@ -132,7 +143,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1 = self.fc1
-        if x.is_cuda and type(fc1) is nn.Linear and not (fc1._forward_hooks or fc1._forward_pre_hooks):
+        if x.is_cuda and _is_plain(fc1):
             hidden = linear(x, fc1.weight, fc1.bias, gelu=True)
         else:
             hidden = ops.gelu(fc1(x))

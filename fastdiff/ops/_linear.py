@@ -64,6 +64,7 @@ def _epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool
     """The product on a GPU may apply GELU as it stores."""
     return (
         x.is_cuda
+        and x.dtype in _native.DTYPES
         and torch.version.hip is None
         and x.numel() > 0
         and weight.numel() > 0
@@ -71,7 +72,15 @@ def _epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool
         and not torch.is_autocast_enabled("cuda")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad))
         and not reg.transforms_active()
+        and _unobserved((x, weight, bias))
         and _is_tanh(x.device)
+    )
+
+
+def _unobserved(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """No subclass and no mode (fake tensors, a counter of operations) that may not know torch's operator."""
+    return torch.compiler.is_compiling() or (
+        all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors) and reg.direct_is_safe()
     )
 
 
@@ -86,8 +95,9 @@ def _is_tanh(device: torch.device) -> bool:
     if device not in _TANH:
         if _native.capturing(device):
             return False
-        x = (torch.arange(-32, 32, device=device) / 8).expand(64, 64).contiguous()
-        eye, zeros = torch.eye(64, device=device), torch.zeros(64, device=device)
+        kind = {"device": device, "dtype": torch.float32}
+        x = (torch.arange(-32, 32, **kind) / 8).expand(64, 64).contiguous()
+        eye, zeros = torch.eye(64, **kind), torch.zeros(64, **kind)
         error = torch._addmm_activation(zeros, x, eye, use_gelu=True) - F.gelu(x, approximate="tanh")
         _TANH[device] = bool(error.abs().max() < 1e-4)
     return _TANH[device]

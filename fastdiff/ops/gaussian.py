@@ -61,7 +61,7 @@ def gaussian_blur(
     tap, exactly; taps beyond the image are folded back onto it. None is made or read by the host, so that a captured
     graph may be replayed with another sigma in its tensor. One launch and no memory where no radius K // 2 exceeds 16.
     Where one does, or may, because sigma is a CUDA tensor and kernel_size None: a float32 copy of x (two for the
-    gradient to sigma) and at most 56 max(H, W) bytes per sigma, 260 max(H, W) where cosines may serve. A support beyond
+    gradient to sigma) and at most 56 max(H, W) bytes per sigma, 270 max(H, W) where cosines may serve. A support beyond
     131073 that only the device knows of makes its sample NaN instead of an error.
 
     Args:
