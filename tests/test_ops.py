@@ -147,11 +147,12 @@ def test_strided_views_equal_contiguous_tensors(spec: OpSpec, dtype: torch.dtype
     args_c, kwargs_c = reg.map_tensors(lambda t: t.contiguous(), (args, kwargs))
     with native():
         strided, plain = outputs(spec.function(*args, **kwargs)), outputs(spec.function(*args_c, **kwargs_c))
-    if DEVICE.type == "cpu":
+    if DEVICE.type == "cpu" and not (spec.products and dtype is not torch.float32):
         for a, b in zip(strided, plain, strict=True):
             assert torch.equal(a, b)
         return
-    # A GPU reads rows without 16-byte alignment one element at a time, and sums them in another order.
+    # A GPU reads rows without 16-byte alignment one element at a time, and sums them in another order. Products of 16
+    # bits are torch's, in an order that may follow the layout on a CPU that has units for them.
     args64, kwargs64 = double((args, kwargs))
     bounds = spec.bound(dtype, *args64, **kwargs64)
     for a, b, bound in zip(strided, plain, bounds, strict=True):
