@@ -95,7 +95,7 @@ def _is_tanh(device: torch.device) -> bool:
     if device not in _TANH:
         if _native.capturing(device):
             return False
-        kind = {"device": device, "dtype": torch.float32}
+        kind: dict[str, Any] = {"device": device, "dtype": torch.float32}
         x = (torch.arange(-32, 32, **kind) / 8).expand(64, 64).contiguous()
         eye, zeros = torch.eye(64, **kind), torch.zeros(64, **kind)
         error = torch._addmm_activation(zeros, x, eye, use_gelu=True) - F.gelu(x, approximate="tanh")
