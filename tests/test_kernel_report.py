@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind the installed package
 from benchmarks import _h200, _launches, kernel_report, ptxas_report, targets
 from benchmarks.ptxas_report import ROOT, Kernel
 
