@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind the installed package
-from benchmarks import _h200, _launches, kernel_report, ptxas_report, targets
+from benchmarks import _h200, _launches, graph_time, kernel_report, ptxas_report, targets
 from benchmarks.ptxas_report import ROOT, Kernel
 
 PTXAS = """ptxas info    : 0 bytes gmem
@@ -171,6 +171,8 @@ def test_targets_are_about_shapes_that_exist(tmp_path: Path) -> None:
     for target in targets.TARGETS:
         for op in target.ops:
             assert set(target.shapes) <= set(shapes_on(SPECS[op], torch.device("cuda"))), (op, target.shapes)
+    for op, shapes in graph_time.CASES.items():
+        assert set(shapes) <= set(shapes_on(SPECS[op], torch.device("cuda"))), (op, shapes)
     record = tmp_path / "cpu.json"
     record.write_text('{"device": "cpu", "rows": [{"op": "gelu"}]}')
     cut = tmp_path / "cut.json"
