@@ -12,6 +12,17 @@ except PackageNotFoundError:  # imported from a checkout that was never installe
 
 from fastdiff import ops
 from fastdiff._native import build_info, cpu_isa, use_backend
+from fastdiff.integrations import accelerate, acceleration_report, restore
 from fastdiff.ops import explain
 
-__all__ = ["__version__", "build_info", "cpu_isa", "explain", "ops", "use_backend"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "acceleration_report",
+    "build_info",
+    "cpu_isa",
+    "explain",
+    "ops",
+    "restore",
+    "use_backend",
+]

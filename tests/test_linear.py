@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import fastdiff
 from fastdiff.models import DiT
 from fastdiff.ops import _linear
 
-dit = importlib.import_module("fastdiff.models.dit")  # the package has a function of that name
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -121,7 +119,7 @@ def test_a_subclass_and_a_profiler_are_observers() -> None:
 @pytest.mark.parametrize("watch", ["forward", "hook", "pre-hook", "backward hook", "global hook", "subclass"])
 def test_a_layer_that_somebody_watches_is_called(watch: str) -> None:
     layer: torch.nn.Module = torch.nn.Linear(2, 2)
-    assert dit._is_plain(layer)
+    assert _linear.is_plain(layer)
     if watch == "forward":  # as accelerate hooks a module
         layer.forward = lambda x: x
     elif watch == "hook":
@@ -132,13 +130,13 @@ def test_a_layer_that_somebody_watches_is_called(watch: str) -> None:
         layer.register_full_backward_hook(lambda *_: None)
     elif watch == "global hook":
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-        assert not dit._is_plain(layer)
+        assert not _linear.is_plain(layer)
         handle.remove()
-        assert dit._is_plain(layer)
+        assert _linear.is_plain(layer)
         return
     else:
         layer = torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
-    assert not dit._is_plain(layer)
+    assert not _linear.is_plain(layer)
 
 
 @pytest.mark.skipif(harness.why_not() is not None, reason="the CUDA emulator cannot be built")

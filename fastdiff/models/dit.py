@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.ops._linear import linear
+from fastdiff.ops import _linear
 
 __all__ = ["DIT_PRESETS", "DiT", "dit"]
 
@@ -118,20 +118,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
-        qkv = self.qkv(x).view(b, n, 3, self.num_heads, d // self.num_heads)
-        projected: Tensor = self.proj(ops.attention_qkvpacked(qkv).reshape(b, n, d))
-        return projected
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """A linear layer that nobody watches or has changed: its product may be made without calling it."""
-    every = nn.modules.module
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, name) or getattr(every, f"_global{name}") for name in hooks)
-    )
+        qkv = _linear.call(self.qkv, x).view(b, n, 3, self.num_heads, d // self.num_heads)
+        return _linear.call(self.proj, ops.attention_qkvpacked(qkv).reshape(b, n, d))
 
 
 class Mlp(nn.Module):
@@ -142,13 +130,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(hidden_size, mlp_hidden), nn.Linear(mlp_hidden, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1 = self.fc1
-        if x.is_cuda and _is_plain(fc1):
-            hidden = linear(x, fc1.weight, fc1.bias, gelu=True)
-        else:
-            hidden = ops.gelu(fc1(x))
-        mapped: Tensor = self.fc2(hidden)
-        return mapped
+        return _linear.call(self.fc2, _linear.call(self.fc1, x, gelu=True))
 
 
 class DiTBlock(nn.Module):

@@ -52,6 +52,32 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, 
     return activate(y) if gelu else y
 
 
+def call(layer: torch.nn.Module, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    """``layer(x)``, then GELU (tanh form) if `gelu`, in the type that ``layer(x)`` has.
+
+    Around the layer where that makes no difference but in time: a plain linear layer that nobody watches goes to
+    `linear`; one with hooks, of another class (LoRA, quantised), or under autocast is called as it is.
+    """
+    if is_plain(layer) and not torch.is_autocast_enabled(x.device.type):
+        weight: Any = layer.weight
+        bias: Any = layer.bias
+        if x.dtype is weight.dtype:
+            return linear(x, weight, bias, gelu=gelu).to(x.dtype)
+    y = layer(x)
+    return activate(y) if gelu else y
+
+
+def is_plain(layer: torch.nn.Module) -> bool:
+    """A linear layer that nobody watches or has changed: its product may be made without calling it."""
+    every = torch.nn.modules.module
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(layer) is torch.nn.Linear
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name) or getattr(every, f"_global{name}") for name in hooks)
+    )
+
+
 def _product_type(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     if not x.is_cpu or _native._emulated or x.dtype is torch.float64:
         return x.dtype
@@ -115,7 +141,7 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
         and _HAS_ONEDNN
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and not reg.transforms_active()
-        and reg.direct_is_safe()
+        and _unobserved(tuple(tensors))
     )
 
 

@@ -1,0 +1,102 @@
+"""How one object is made fast and slow again: its class is replaced by a subclass, and back.
+
+An object keeps everything that is its own (parameters, hooks, buffers, its place in the module tree, ``state_dict``
+keys); only methods are looked up in another class. So `torch.compile`, copies, hooks and `isinstance` see what they saw
+before, and undoing is one assignment. The subclass bears the name and module of the class it replaces, since libraries
+save and sort by them (``save_pretrained``, ``_no_split_modules``).
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Handler", "defines", "fast_class", "handler_of", "make_fast", "make_slow", "original_class", "takes"]
+
+
+@dataclass(frozen=True)
+class Handler:
+    """One kind of object that can be made fast. Its functions stand at the top of a module (handlers are pickled).
+
+    Args:
+        name: what the report calls it, e.g. ``"diffusers DiT block"``.
+        claims: whether an object is of this kind; looks at names and attributes only and imports nothing.
+        refuses: why an object of this kind must stay as it is (an option that our operators do not have), or None.
+        mixin: for the class of such an object, the class whose methods come first.
+        tolerance: largest difference of the outputs, relative to their range, in float32.
+    """
+
+    name: str
+    claims: Callable[[Any], bool]
+    refuses: Callable[[Any], str | None]
+    mixin: Callable[[type], type]
+    tolerance: float = 1e-5
+
+
+def make_fast(obj: Any, handler: Handler) -> None:
+    """Replaces the class of `obj`; what `make_slow` undoes."""
+    obj.__class__ = fast_class(type(obj), handler)
+
+
+def make_slow(obj: Any) -> None:
+    """Gives `obj` its own class back."""
+    obj.__class__ = original_class(obj)
+
+
+def handler_of(obj: Any) -> Handler | None:
+    """Who made `obj` fast, if anyone did."""
+    handler: Handler | None = vars(type(obj)).get("_fastdiff_handler")
+    return handler
+
+
+def original_class(obj: Any) -> type:
+    """The class of `obj` without us."""
+    cls: type = vars(type(obj)).get("_fastdiff_original", type(obj))
+    return cls
+
+
+@functools.cache
+def fast_class(original: type, handler: Handler) -> type:
+    """The subclass of `original` with the methods of `handler`; the same one whenever it is asked for."""
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": _reduce,
+        "_fastdiff_original": original,
+        "_fastdiff_handler": handler,
+    }
+    return type(original.__name__, (handler.mixin(original), original), names)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Copies and pickles of a fast object are fast: the class is made again where they are read."""
+    made, args, *rest = original_class(self).__reduce_ex__(self, protocol)
+    if made is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+        return (_new, (original_class(self), handler_of(self)), *rest)
+    return (made, args, *rest)
+
+
+def _new(original: type, handler: Handler) -> Any:
+    cls: Any = fast_class(original, handler)
+    return cls.__new__(cls)
+
+
+def defines(obj: Any, package: str, name: str, method: str = "forward") -> bool:
+    """`obj` is of class `name` of `package`, or of a class derived from it that leaves `method` as it is there."""
+    for cls in original_class(obj).__mro__:
+        if method in vars(cls):
+            return cls.__name__ == name and cls.__module__.split(".")[0] == package
+    return False
+
+
+def takes(function: Callable[..., Any], *names: str) -> str | None:
+    """None if `function` has just these parameters (after self), else what differs: another version than we know."""
+    found = tuple(inspect.signature(function).parameters)[1:]
+    if found == names:
+        return None
+    return f"an unknown version of {function.__qualname__}: expected arguments {names}, got {found}"
