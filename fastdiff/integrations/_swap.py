@@ -39,7 +39,8 @@ class Handler:
 
 def make_fast(obj: Any, handler: Handler) -> None:
     """Replaces the class of `obj`; what `make_slow` undoes."""
-    obj.__class__ = fast_class(type(obj), handler)
+    kind: Any = type(obj)
+    obj.__class__ = fast_class(kind, handler)
 
 
 def make_slow(obj: Any) -> None:
@@ -75,9 +76,10 @@ def fast_class(original: type, handler: Handler) -> type:
 
 def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles of a fast object are fast: the class is made again where they are read."""
-    made, args, *rest = original_class(self).__reduce_ex__(self, protocol)
+    original: Any = original_class(self)
+    made, args, *rest = original.__reduce_ex__(self, protocol)
     if made is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
-        return (_new, (original_class(self), handler_of(self)), *rest)
+        return (_new, (original, handler_of(self)), *rest)
     return (made, args, *rest)
 
 
