@@ -16,16 +16,22 @@ Parameters carry the names of the published checkpoints, so those load with ``lo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.ops import _linear
+from fastdiff.models._layers import (
+    Attention,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    require,
+    sincos_position_embedding,
+)
 
 __all__ = ["DIT_PRESETS", "DiT", "dit"]
 
@@ -52,85 +58,6 @@ def dit(name: str, **overrides: Any) -> DiT:
         raise ValueError(f"[dit] name: expected one of {', '.join(DIT_PRESETS)}, got {name!r}")
     settings: dict[str, Any] = {**DIT_PRESETS[name], **overrides}
     return DiT(**settings)
-
-
-class PatchEmbed(nn.Module):
-    """Cuts images [B,C,H,W] into patches and maps each linearly to a token: [B,N,D], row by row."""
-
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A strided convolution is this matrix product; the product is the faster of the two on small patches.
-        p = self.proj.kernel_size[0]
-        b, c, h, w = x.shape
-        patches = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(b, (h // p) * (w // p), c * p * p)  # no -1: it is ambiguous for an empty batch
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class TimestepEmbedder(nn.Module):
-    """Embeds scalar times [B] as sinusoids of ``time_scale * t``, then a two-layer MLP: [B,D]."""
-
-    frequencies, max_period = 128, 10000.0
-
-    def __init__(self, hidden_size: int, time_scale: float) -> None:
-        super().__init__()
-        width = 2 * self.frequencies
-        self.mlp = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-        self.time_scale = time_scale
-
-    def forward(self, t: Tensor) -> Tensor:
-        # At least float32: 1000 * t in half precision has steps of 0.5.
-        wide = torch.promote_types(t.dtype, torch.float32)
-        index = torch.arange(self.frequencies, device=t.device, dtype=wide)
-        angles = (self.time_scale * t.to(wide))[:, None] * torch.exp(-math.log(self.max_period) * index / len(index))
-        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        embedding: Tensor = self.mlp(sinusoids.to(next(self.parameters()).dtype))
-        return embedding
-
-
-class LabelEmbedder(nn.Module):
-    """Embeds class labels [B] (int64) as [B,D]; with dropout there is one more row, the null class of guidance."""
-
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
-        super().__init__()
-        self.num_classes, self.dropout_prob = num_classes, dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
-
-    def forward(self, labels: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = labels.masked_fill(dropped, self.num_classes)
-        embedding: Tensor = self.embedding_table(labels)
-        return embedding
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, n, d = x.shape
-        qkv = _linear.call(self.qkv, x).view(b, n, 3, self.num_heads, d // self.num_heads)
-        return _linear.call(self.proj, ops.attention_qkvpacked(qkv).reshape(b, n, d))
-
-
-class Mlp(nn.Module):
-    """Two-layer perceptron with the tanh form of GELU."""
-
-    def __init__(self, hidden_size: int, mlp_hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(hidden_size, mlp_hidden), nn.Linear(mlp_hidden, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear.call(self.fc2, _linear.call(self.fc1, x, gelu=True))
 
 
 class DiTBlock(nn.Module):
@@ -313,15 +240,5 @@ class DiT(nn.Module):
             _require(has_null, "cond", "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)", None)
 
 
-def sincos_position_embedding(hidden_size: int, grid: int) -> Tensor:
-    """Fixed 2-D sine-cosine embedding [grid*grid, D] of row-major patches; the first half of D encodes the column."""
-    omega = 1.0 / 10000 ** (torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
-    columns, rows = line.expand(grid, grid, -1), line[:, None].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
-
-
 def _require(ok: bool, argument: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"[DiT] {argument}: expected {expected}, got {got}")
+    require(ok, "DiT", argument, expected, got)
