@@ -230,10 +230,10 @@ def markdown(record: dict[str, Any]) -> str:
     lines = [
         f"# Schedulers on {record['device']}, {record['machine']['date'][:10]}",
         "",
-        f"Microseconds ({record['clock']} time) a step of a loop of {record['steps']} steps beside its model, float32: median "
-        "(quartiles), and diffusers' time / this time, median of the ratios of rounds in which all took turns. *set_timesteps* is one "
-        f"call, in microseconds. Guided: `uncond + {GUIDANCE:g} (cond - uncond)`, in the loop's own code but for *own "
-        "loop*, where the step does it and the predicted data is not made.",
+        f"Microseconds ({record['clock']} time) a step of a loop of {record['steps']} steps beside its model, float32: "
+        "median (quartiles), and diffusers' time / this time, median of the ratios of rounds in which all took turns. "
+        f"*set_timesteps* is one call. Guided: `uncond + {GUIDANCE:g} (cond - uncond)`, in the loop's own code but for "
+        "*own loop*, where the step does it and the predicted data is not made.",
         "",
         "| scheduler | shape | guided | " + " | ".join(names) + " |",
         "|---|---|---|" + "---:|" * len(names),

@@ -222,6 +222,29 @@ def test_types_of_results_and_errors_no_larger_than_the_originals(
             assert (g - r).abs().max().item() <= worst
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [
+        (DDIM, {"clip_sample": False}, {"eta": 1.0}),
+        (EULER, {}, {"s_churn": 2.0}),
+        (FLOW, {"stochastic_sampling": True}, {}),
+        (DPM, {"algorithm_type": "sde-dpmsolver++"}, {}),
+    ],
+)
+def test_noise_of_16_bit_types_is_the_originals(name: str, config: Any, options: Any) -> None:
+    x, output = (torch.randn(2, 3, 8, 8, dtype=torch.bfloat16) for _ in range(2))
+    results, states = [], []
+    for s in both(name, 8, **config):
+        seed = torch.Generator().manual_seed(5)
+        s._step_index = 3
+        model(s, x, s.timesteps[3])
+        results.append(s.step(output, s.timesteps[3], x, generator=seed, **options)[0])
+        states.append(seed.get_state())
+    assert torch.equal(*states)
+    size = results[0].abs().max().item()
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=2**-6 * size)  # two roundings of the original
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_whole_loop_restored_and_made_fast_in_the_middle(name: str) -> None:
     slow, ours = both(name, 12)
@@ -359,12 +382,11 @@ def test_saved_loaded_copied(name: str, tmp_path: Path) -> None:
     schedule(ours, 5)
     x = torch.randn(1, 2, 4, 4)
     ours.step(model(ours, x, ours.timesteps[0]), ours.timesteps[0], x)
+    table = "alphas_cumprod" if name == DDIM else "sigmas"
     for copied in (copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))):
+        getattr(ours, table).mul_(0.5)  # seen by the original from now on; the copy's table has versions of its own
         other = copied(ours)
         assert type(other) is type(ours)
-        table = "alphas_cumprod" if name == DDIM else "sigmas"
-        for s in (other, ours):
-            getattr(s, table).mul_(0.5)  # a copy's table has a version of its own
         results = [s.step(model(s, x, s.timesteps[1]), s.timesteps[1], x)[0] for s in (other, ours)]
         assert torch.equal(*results)
 
@@ -460,6 +482,7 @@ def test_gradients_layouts_modes(name: str) -> None:
 
     def written_over(s: Any) -> torch.Tensor:
         schedule(s, 5)
+        assert not s.timesteps.is_inference()  # or nobody could tell that it was written over
         once(s, x, output)
         s._step_index = 1
         for key in {"sigmas", "alphas_cumprod"} & set(vars(s)):
