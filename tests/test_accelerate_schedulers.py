@@ -231,16 +231,26 @@ def test_types_of_results_and_errors_no_larger_than_the_originals(
         (DPM, {"algorithm_type": "sde-dpmsolver++"}, {}),
     ],
 )
-def test_noise_of_16_bit_types_is_the_originals(name: str, config: Any, options: Any) -> None:
+def test_noise_of_16_bit_types_is_the_originals(
+    name: str, config: Any, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, output = (torch.randn(2, 3, 8, 8, dtype=torch.bfloat16) for _ in range(2))
-    results, states = [], []
-    for s in both(name, 8, **config):
+    results, states, drawn = [], [], []
+    pair, draw = both(name, 8, **config), base.library().randn
+
+    def watched(shape: Any, **how: Any) -> torch.Tensor:
+        drawn.append((shape, how["dtype"], how["device"]))
+        return draw(shape, **how)
+
+    monkeypatch.setattr(base.library(), "randn", watched)
+    monkeypatch.setattr(sys.modules[type(pair[0]).__module__], "randn_tensor", watched)
+    for s in pair:
         seed = torch.Generator().manual_seed(5)
         s._step_index = 3
         model(s, x, s.timesteps[3])
         results.append(s.step(output, s.timesteps[3], x, generator=seed, **options)[0])
         states.append(seed.get_state())
-    assert torch.equal(*states)
+    assert torch.equal(*states) and len(drawn) == 2 and drawn[0] == drawn[1]
     size = results[0].abs().max().item()
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=2**-6 * size)  # two roundings of the original
 
