@@ -173,7 +173,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     panels = (
-        ("time", "best_seconds", 1.0, "seconds"),
+        ("cpu", "best_cpu_seconds", 1.0, "time of all threads, seconds"),
         ("memory", "peak_bytes", 2.0**20, "peak memory of the pass, MiB"),
     )
     for axis, (kind, field, unit, label) in zip(axes, panels, strict=True):
@@ -184,7 +184,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.loglog(sizes, values, "o-", color=COLORS[name], label=f"{name} ({slope:.2f})", base=10)
         sizes = [int(n) for n in record["points"]["Mamba"]]
         last = {name: points[str(sizes[-1])][field] / unit for name, points in record["points"].items()}
-        guides = ((1, last["Mamba"] / 1.6), (2, last["DiT"] * 1.6)) if kind == "time" else ((1, last["Mamba"] / 2.5),)
+        guides = ((1, last["Mamba"] / 1.6), (2, last["DiT"] * 1.6)) if kind == "cpu" else ((1, last["Mamba"] / 2.5),)
         for power, end in guides:
             drawn = [n for n in sizes if n >= sizes[-1] / 64]
             line = [end * (n / sizes[-1]) ** power for n in drawn]
