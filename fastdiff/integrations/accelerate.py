@@ -15,7 +15,7 @@ from typing import Literal as L
 
 from torch import nn
 
-from fastdiff.integrations import _diffusers_schedulers
+from fastdiff.integrations import _diffusers_schedulers, _transformers_mamba
 from fastdiff.integrations._swap import Handler, handler_of, make_fast, make_slow, original_class
 
 __all__ = ["HANDLERS", "Entry", "Report", "accelerate", "acceleration_report", "restore"]
@@ -24,7 +24,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # The first that claims an object has it.
-HANDLERS: list[Handler] = [*_diffusers_schedulers.HANDLERS]
+HANDLERS: list[Handler] = [*_diffusers_schedulers.HANDLERS, _transformers_mamba.HANDLER]
 
 
 @dataclass(frozen=True)
