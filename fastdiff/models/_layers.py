@@ -6,6 +6,7 @@ Parameters carry the names of the published DiT checkpoints (Peebles & Xie, 2022
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,11 @@ from fastdiff.ops import _linear
 
 __all__ = [
     "Attention",
+    "CrossAttention",
     "LabelEmbedder",
     "Mlp",
     "PatchEmbed",
+    "Processor",
     "TimestepEmbedder",
     "require",
     "sincos_position_embedding",
@@ -78,19 +81,81 @@ class LabelEmbedder(nn.Module):
         return embedding
 
 
+# What may stand in for the product of an attention layer, to capture or edit it: (layer, q, k, v) -> out, where q and
+# out are [B,N,H,d], k and v [B,M,H,d] (views; not to be written to), and the scores are scaled by d ** -0.5.
+Processor = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]."""
+    """Multi-head self-attention over tokens [B,N,D].
+
+    With `processor` set, it makes the product in place of the fused operator.
+    """
+
+    is_cross = False
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.processor: Processor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         qkv = _linear.call(self.qkv, x).view(b, n, 3, self.num_heads, d // self.num_heads)
-        return _linear.call(self.proj, ops.attention_qkvpacked(qkv).reshape(b, n, d))
+        if self.processor is None:
+            mixed = ops.attention_qkvpacked(qkv)
+        else:
+            mixed = self.processor(self, *qkv.unbind(2))
+        return _linear.call(self.proj, mixed.reshape(b, n, d))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens [B,N,D] to context [B,S,D], as in PixArt (Chen et al., 2023, arXiv:2310.00426).
+
+    With `processor` set, it makes the product in place of the fused operator. A mask comes to it, as to the operator,
+    inside q and k: eight channels more, of which the first adds a large negative number to the scores of absent tokens
+    (and q is rescaled, so that d ** -0.5 with the d that it sees is right).
+    """
+
+    is_cross = True
+    # Under exp it is 0 even after the scale of a head of 256 channels, and float16 can hold it.
+    ABSENT = -3e4
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.processor: Processor | None = None
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B,N,D], context [B,S,D], mask [B,S] bool, True where a token counts -> [B,N,D].
+
+        A sample without a single token that counts attends to all of them.
+        """
+        b, n, d = x.shape
+        heads = self.num_heads
+        q = _linear.call(self.q_linear, x).view(b, n, heads, d // heads)
+        kv = _linear.call(self.kv_linear, context).view(b, context.shape[1], 2, heads, d // heads)
+        k, v = kv.unbind(2)
+        if mask is not None:
+            q, k, v = self._with_mask(q, k, v, mask)
+        if self.processor is None:
+            mixed = ops.attention(q, k, v, layout="bnhd")
+        else:
+            mixed = self.processor(self, q, k, v)
+        return _linear.call(self.proj, mixed[..., : d // heads].reshape(b, n, d))
+
+    def _with_mask(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Channels for the mask; eight, so that rows stay aligned for tensor cores."""
+        d = q.shape[-1]
+        q = F.pad(q * math.sqrt((d + 8) / d), (0, 1), value=1.0)
+        absent = torch.zeros(mask.shape, dtype=k.dtype, device=k.device).masked_fill(~mask, self.ABSENT)
+        k = torch.cat([k, absent[:, :, None, None].expand(*k.shape[:3], 1)], dim=-1)
+        return F.pad(q, (0, 7)), F.pad(k, (0, 7)), F.pad(v, (0, 8))
 
 
 class Mlp(nn.Module):
