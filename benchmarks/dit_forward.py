@@ -182,7 +182,7 @@ def markdown(record: dict[str, Any]) -> str:
             f"A table for {record['steps']} steps and one label. Ratio: without / with, median of paired rounds and "
             "quartiles. Freed: resident memory of the process before and after `drop_modulation_weights()`.",
             "",
-            "| | ms without | ms with | ratio | weights MB | without adaLN MB | table MB | freed MB | table made in s |",
+            "| | ms without | ms with | ratio | weights MB | without adaLN MB | table MB | freed MB | made in s |",
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in record["rows"]:

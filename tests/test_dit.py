@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastdiff
@@ -159,6 +162,76 @@ def test_a_model_that_learns_variances_loads_into_one_that_does_not() -> None:
     x, t, y = inputs()
     load_weights(mean, both.state_dict())
     close(mean(x, t, y), both(x, t, y)[:, :3], 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ published
+
+
+class PublishedAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def adaln(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(32, width * 32))
+
+
+class PublishedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.mlp = PublishedAttention(), nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(32, 128), nn.Linear(128, 32)
+        self.adaLN_modulation = adaln(6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        a, b, gate, d, e, last = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        x = x + gate * self.attn(F.layer_norm(x, (32,), eps=1e-6) * (1 + b) + a)
+        h = F.gelu(self.mlp.fc1(F.layer_norm(x, (32,), eps=1e-6) * (1 + e) + d), approximate="tanh")
+        return x + last * self.mlp.fc2(h)
+
+
+class Published(nn.Module):
+    """Names and arithmetic of the published DiT; of SiT, which drops its variances, with ``sit=True``."""
+
+    def __init__(self, sit: bool) -> None:
+        super().__init__()
+        self.sit = sit
+        self.x_embedder, self.t_embedder, self.y_embedder, self.final_layer = (nn.Module() for _ in range(4))
+        self.x_embedder.proj = nn.Conv2d(3, 32, 2, stride=2)
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, 32), nn.SiLU(), nn.Linear(32, 32))
+        self.y_embedder.embedding_table = nn.Embedding(6, 32)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(32, 4)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(PublishedBlock() for _ in range(3))
+        self.final_layer.linear, self.final_layer.adaLN_modulation = nn.Linear(32, 24), adaln(2)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        angles = t[:, None].float() * 10000 ** (-torch.arange(128) / 128)
+        c = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], -1)) + self.y_embedder.embedding_table(y)
+        h = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed
+        for block in self.blocks:
+            h = block(h, c)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, -1)
+        h = self.final_layer.linear(F.layer_norm(h, (32,), eps=1e-6) * (1 + scale) + shift)
+        image = torch.einsum("nhwpqc->nchpwq", h.reshape(-1, 4, 4, 2, 2, 6)).reshape(-1, 6, 8, 8)
+        return image[:, :3] if self.sit else image
+
+
+@pytest.mark.parametrize("sit", [False, True])
+def test_a_published_file_loads_and_computes_the_same(sit: bool, tmp_path: Path) -> None:
+    published = randomise(Published(sit))
+    published.pos_embed.copy_(sincos_position_embedding(32, 4)[None])
+    torch.save({"ema": published.state_dict(), "args": argparse.Namespace(model="DiT-S/2")}, tmp_path / "0400000.pt")
+    model = DiT(**SMALL, learn_sigma=not sit).eval()
+    load_weights(model, tmp_path / "0400000.pt")
+    x, t, y = inputs()
+    t = torch.tensor([0.0, 0.37, 1.0]) if sit else t  # a flow's times
+    with torch.no_grad():
+        close(model(x, t, y), published(x, t, y))
 
 
 # ------------------------------------------------------------------------------------------------------ checkpointing
