@@ -89,16 +89,36 @@ def forward(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str
                 record["ok"] &= name == "torch.compile(diffusers)"
                 del calls[name]
         contestants = [Contestant(name, [call]) for name, call in calls.items()]
+        contestants += [Contestant(name, [call]) for name, call in products(ours, options.batch).items()]
         say("timing")
         race(contestants, torch.device("cpu"), options.seconds)
     scale = max(float(outputs.get("diffusers", outputs["fastdiff"]).abs().max()), 1e-30)
     for contestant in contestants:
+        if contestant.name not in outputs:
+            record["rows"].append(
+                {"name": contestant.name, **contestant.summary(), "ratio": ratios(contestant, contestants[0])}
+            )
+            continue
         off = (outputs[contestant.name] - outputs["fastdiff"]).abs().max().item() / scale
         record["ok"] &= off <= TOLERANCE
         row = {"name": contestant.name, **contestant.summary(), "off": off}
         record["rows"].append({**row, "ratio": ratios(contestant, contestants[0])})
     record["load_average_after"] = list(os.getloadavg())
     return record
+
+
+def products(model: Any, batch: int) -> dict[str, Callable[[], Any]]:
+    """The matrix products of all blocks and nothing else, by either library: what no fusion can take away."""
+    from fastdiff.ops import _linear
+
+    block, tokens = model.blocks[0], (model.config["input_size"] // model.config["patch_size"]) ** 2
+    layers = [block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2] * len(model.blocks)
+    rows = {width: torch.randn(batch, tokens, width) for width in {layer.in_features for layer in layers}}
+    pairs = [(rows[layer.in_features], layer.weight, layer.bias) for layer in layers]
+    return {
+        "products alone, F.linear": lambda: [nn.functional.linear(*pair) for pair in pairs],
+        "products alone, as in fastdiff": lambda: [_linear.linear(*pair) for pair in pairs],
+    }
 
 
 def modulation(options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -172,9 +192,8 @@ def markdown(record: dict[str, Any]) -> str:
             target = record["targets"].get(row["name"])
             wanted = f"{target:g} ({'met' if r['median'] >= target else 'missed'})" if target else ""
             ratio = f"{r['median']:.2f} ({r['q1']:.2f} to {r['q3']:.2f})"
-            lines.append(
-                f"| {row['name']} | {median:.1f} ({q1:.1f} to {q3:.1f}) | {ratio} | {wanted} | {row['off']:.1e} |"
-            )
+            off = f"{row['off']:.1e}" if "off" in row else ""
+            lines.append(f"| {row['name']} | {median:.1f} ({q1:.1f} to {q3:.1f}) | {ratio} | {wanted} | {off} |")
     else:
         lines = [
             f"# Modulation tables, batch 1, float32, {m['date'][:10]}",

@@ -10,10 +10,13 @@ few times over and over, so
             pred = model.forward_with_cfg(x, None, None, 4.0, modulation=table.at(i))
 
 does those products once, for all steps and distinct labels together, each weight being read once, and then runs without
-the weights, which are a third of a DiT. Memory: a table holds ``T * U * K`` numbers for T times and U distinct
-conditions (and the null class with ``guidance=True``). DiT: ``K = (6 depth + 2) D``, in float32 0.78 MB a row for
-DiT-XL, whose weights for it are 903 MB (``(6 depth + 2) D (D + 1)`` numbers). TextDiT: ``K = 7 D``, 32 kB a row; its
-one layer has 32 MB (``6 D (D + 1)`` numbers).
+the weights, which are a third of a DiT. It is one product per layer: stacking the weights of all layers first, to make
+one product of everything, took three times as long on a CPU, since the copy costs more than the product.
+
+Memory: a table holds ``T * U * K`` numbers for T times and U distinct conditions (and the null class with
+``guidance=True``). DiT: ``K = (6 depth + 2) D``, in float32 0.78 MB a row for DiT-XL, whose weights for it are 903 MB
+(``(6 depth + 2) D (D + 1)`` numbers). TextDiT: ``K = 7 D``, 32 kB a row; its one layer has 32 MB (``6 D (D + 1)``
+numbers).
 """
 
 from __future__ import annotations
