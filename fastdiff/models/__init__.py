@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from fastdiff.models.diffusion_mamba import DIFFUSION_MAMBA_PRESETS, DiffusionMamba, HybridDiffusion, diffusion_mamba
+from fastdiff.models.checkpoints import CheckpointError, load_model, load_state, load_weights, save_weights
 from fastdiff.models.dit import DIT_PRESETS, DiT, dit
-from fastdiff.models.mamba import MambaBlock, MambaLM, MambaState, mamba_lm
+from fastdiff.models.modulation import ModulationTable, with_table
+from fastdiff.models.text_dit import TEXT_DIT_PRESETS, TextDiT, text_dit
 
-__all__ = ["DIT_PRESETS", "DiT", "dit"]
-__all__ += ["DIFFUSION_MAMBA_PRESETS", "DiffusionMamba", "HybridDiffusion", "diffusion_mamba"]
-__all__ += ["MambaBlock", "MambaLM", "MambaState", "mamba_lm"]
+__all__ = [
+    "DIT_PRESETS",
+    "TEXT_DIT_PRESETS",
+    "CheckpointError",
+    "DiT",
+    "ModulationTable",
+    "TextDiT",
+    "dit",
+    "load_model",
+    "load_state",
+    "load_weights",
+    "save_weights",
+    "text_dit",
+    "with_table",
+]
