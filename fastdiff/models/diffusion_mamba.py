@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
 from fastdiff.models import scan_orders
+from fastdiff.models._control import control_entries
 from fastdiff.models._layers import (
     Attention,
     LabelEmbedder,
@@ -237,7 +239,16 @@ class DiffusionMamba(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None, *, modulation: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        *,
+        modulation: Tensor | None = None,
+        control: Sequence[Tensor | None] | None = None,
+        taps: list[Tensor] | None = None,
+    ) -> Tensor:
         """Predicts the training target (noise, velocity, ...) for noisy images.
 
         Args:
@@ -245,6 +256,9 @@ class DiffusionMamba(nn.Module):
             t: [B], times in the units that ``time_scale`` was chosen for.
             cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
             modulation: [B,V], one step of `precompute_modulation`; then t and cond are not looked at.
+            control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
+                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+            taps: a list to which the tokens behind each block are appended.
 
         Returns:
             [B, out_channels, input_size, input_size].
@@ -262,14 +276,22 @@ class DiffusionMamba(nn.Module):
         v = modulation.unflatten(-1, (-1, width)).unbind(-2)
         keep_little = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
+        added = control_entries(type(self).__name__, control, len(self.blocks))
+        ends = {n: k for k, n in enumerate(accumulate(len(block.names) for block in self.blocks), 1)}
+
         x = self.x_embedder(x) + self.pos_embed
+        x = x if added[0] is None else x + added[0]
         h = ops.adaln_modulate(x, v[0], v[1])
         for i, branch in enumerate(branches):
             gate, shift_next, scale_next = v[3 * i + 2 : 3 * i + 5]
+            behind = added[ends[i + 1]] if i + 1 in ends else None
+            x = x if behind is None else x + behind
             if keep_little:
                 x, h = checkpoint(_site, branch, x, h, gate, shift_next, scale_next, use_reentrant=False)
             else:
                 x, h = _site(branch, x, h, gate, shift_next, scale_next)
+            if taps is not None and i + 1 in ends:
+                taps.append(x)
         return self._unpatchify(_linear.call(self.final_layer.linear, h))
 
     def precompute_modulation(self, timesteps: Tensor, cond: Tensor | None = None, *, batch: int = 1) -> Tensor:

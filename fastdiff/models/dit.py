@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
+from fastdiff.models._control import control_entries
 from fastdiff.models._diffusers_dit import DiffusersDiT
 from fastdiff.models._layers import (
     Attention,
@@ -78,12 +79,23 @@ class DiTBlock(nn.Module):
         self.mlp_norm_eps = mlp_norm_eps
 
     def forward(
-        self, x: Tensor, h: Tensor, own: Sequence[Tensor], shift_next: Tensor, scale_next: Tensor
+        self,
+        x: Tensor,
+        h: Tensor,
+        own: Sequence[Tensor],
+        shift_next: Tensor,
+        scale_next: Tensor,
+        control: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x, its modulated norm) -> the same for the next block, whose shift and scale are the last arguments."""
+        """(x, its modulated norm) -> the same for the next block, whose shift and scale follow `own`.
+
+        `control` [B,N,D] is added to x behind this block.
+        """
         gate_1, shift_2, scale_2, gate_2 = own
         x, h = ops.gate_residual_adaln(x, self.attn(h), gate_1, shift_2, scale_2, eps=self.mlp_norm_eps)
-        return ops.gate_residual_adaln(x, self.mlp(h), gate_2, shift_next, scale_next)
+        branch = self.mlp(h)
+        x = x if control is None else x + control
+        return ops.gate_residual_adaln(x, branch, gate_2, shift_next, scale_next)
 
 
 class FinalLayer(nn.Module):
@@ -208,7 +220,14 @@ class DiT(DiffusersDiT, Modulated):
                 nn.init.xavier_uniform_(parameter.data.flatten(1))
 
     def forward(
-        self, x: Tensor, t: Tensor | None, cond: Tensor | None = None, *, modulation: Modulation | None = None
+        self,
+        x: Tensor,
+        t: Tensor | None,
+        cond: Tensor | None = None,
+        *,
+        modulation: Modulation | None = None,
+        control: Sequence[Tensor | None] | None = None,
+        taps: list[Tensor] | None = None,
     ) -> Tensor:
         """Predicts the training target (noise, velocity, ...) for noisy images.
 
@@ -217,6 +236,9 @@ class DiT(DiffusersDiT, Modulated):
             t: [B], times in the units that ``time_scale`` was chosen for.
             cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
             modulation: a step of a table (:meth:`precompute_modulation`), in place of t and cond, which are not used.
+            control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
+                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+            taps: a list to which the tokens behind each block are appended.
 
         Returns:
             [B, out_channels, input_size, input_size].
@@ -234,14 +256,18 @@ class DiT(DiffusersDiT, Modulated):
         # One [B,D] vector per (site, role); a site's shift and scale are used where the norm is, after the last gate.
         mods = [row.chunk(6, dim=-1) for row in found[:-1]]
         mods.append(found[-1].chunk(2, dim=-1))
+        added = control_entries("DiT", control, len(self.blocks))
         x = self.x_embedder(x) + self.pos_embed
+        x = x if added[0] is None else x + added[0]
         h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
         for i, block in enumerate(self.blocks):
-            site = (x, h, mods[i][2:], *mods[i + 1][:2])
+            site = (x, h, mods[i][2:], *mods[i + 1][:2], added[i + 1])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
             else:
                 x, h = block(*site)
+            if taps is not None:
+                taps.append(x)
         return unpatchify(_linear.call(self.final_layer.linear, h), self.config["patch_size"])
 
     def forward_with_cfg(

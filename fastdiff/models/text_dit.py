@@ -33,6 +33,7 @@ from fastdiff.models._captions import (
     may_read,
     split_caption,
 )
+from fastdiff.models._control import control_entries
 from fastdiff.models._diffusers_text_dit import DiffusersTextDiT
 from fastdiff.models._layers import (
     Attention,
@@ -93,13 +94,19 @@ class TextDiTBlock(nn.Module):
         own: Sequence[Tensor],
         shift_next: Tensor,
         scale_next: Tensor,
+        control: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(x, its modulated norm) -> the same for the next block, whose shift and scale are the last arguments."""
+        """(x, its modulated norm) -> the same for the next block, whose shift and scale follow `own`.
+
+        `control` [B,N,D] is added to x behind this block.
+        """
         gate_1, shift_2, scale_2, gate_2 = own
         x = ops.gate_residual(x, self.attn(h), gate_1)
         ones = torch.ones(1, dtype=x.dtype, device=x.device).expand(x.shape[-1])
         x, h = ops.gate_residual_adaln(x, self.cross_attn(x, text, mask), ones, shift_2, scale_2)
-        return ops.gate_residual_adaln(x, self.mlp(h), gate_2, shift_next, scale_next)
+        branch = self.mlp(h)
+        x = x if control is None else x + control
+        return ops.gate_residual_adaln(x, branch, gate_2, shift_next, scale_next)
 
 
 class FinalLayer(nn.Module):
@@ -227,6 +234,8 @@ class TextDiT(DiffusersTextDiT, Modulated):
         modulation: Modulation | None = None,
         resolution: Tensor | None = None,
         aspect_ratio: Tensor | None = None,
+        control: Sequence[Tensor | None] | None = None,
+        taps: list[Tensor] | None = None,
     ) -> Tensor:
         """Predicts the training target (noise, velocity, ...) for noisy images.
 
@@ -239,6 +248,9 @@ class TextDiT(DiffusersTextDiT, Modulated):
             resolution: [B,2], height and width of the images in pixels, for ``micro_conditions``; by default what a x8
                 autoencoder makes of the input size.
             aspect_ratio: [B], height over width, likewise; by default 1.
+            control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
+                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+            taps: a list to which the tokens behind each block are appended.
 
         Returns:
             [B, out_channels, input_size, input_size].
@@ -260,14 +272,18 @@ class TextDiT(DiffusersTextDiT, Modulated):
 
         tokens, mask = self._caption(cond, x)
         text = self.y_embedder(tokens)
+        added = control_entries("TextDiT", control, len(self.blocks))
         x = self.x_embedder(x) + self.pos_embed
+        x = x if added[0] is None else x + added[0]
         h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
         for i, block in enumerate(self.blocks):
-            site = (x, h, text, mask, mods[i][2:], *mods[i + 1][:2])
+            site = (x, h, text, mask, mods[i][2:], *mods[i + 1][:2], added[i + 1])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
             else:
                 x, h = block(*site)
+            if taps is not None:
+                taps.append(x)
         return unpatchify(_linear.call(self.final_layer.linear, h), self.config["patch_size"])
 
     def forward_with_cfg(
