@@ -135,8 +135,9 @@ def _flux(original: Any) -> type:
             projected = _linear.call(attn.to_added_qkv, context).chunk(3, dim=-1) if packed else None
             added = projected or _project_added(attn, context)
             cq, ck, cv = (t.unflatten(-1, (-1, attn.head_dim)) for t in added)
-            q, k = normalise_heads(attn.norm_q, q), normalise_heads(attn.norm_k, k)
-            cq, ck = normalise_heads(attn.norm_added_q, cq), normalise_heads(attn.norm_added_k, ck)
+            norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+            parts = zip(norms, (q, k, cq, ck), strict=True)
+            q, k, cq, ck = (normalise_heads(norm, t, heads_first=False) for norm, t in parts)
             q, k, v = (torch.cat(pair, dim=1) for pair in ((cq, q), (ck, k), (cv, v)))
             out = _rotated(q, k, v, None, None, rope)
             n = context.shape[1]
@@ -172,7 +173,8 @@ def _rotated(q: Tensor, k: Tensor, v: Tensor, norm_q: Any, norm_k: Any, rope: An
     weights = rms_of(norm_q, q), rms_of(norm_k, k)
     inside = weights[0] is not None and weights[1] is not None and norm_q.eps == norm_k.eps
     if not inside:
-        q, k, weights = normalise_heads(norm_q, q), normalise_heads(norm_k, k), (None, None)
+        q, k = (normalise_heads(norm, t, heads_first=False) for norm, t in ((norm_q, q), (norm_k, k)))
+        weights = None, None
         if rope is None:
             return attend(q, k, v)
     if rope is not None:

@@ -69,14 +69,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
 
 
-def normalise_heads(norm: Any, x: Tensor) -> Tensor:
-    """The norm of queries or keys over the head dim, x [B,N,H,d]; None is no norm. It is called with [B,H,N,d]."""
+def normalise_heads(norm: Any, x: Tensor, *, heads_first: bool = True) -> Tensor:
+    """The norm of queries or keys over the head dim, x [B,N,H,d]; None is no norm.
+
+    Where it has to be called, it is called with what it is used to: [B,H,N,d], or x as it is.
+    """
     if norm is None:
         return x
     weight = rms_of(norm, x)
     if weight is not None:
         zero = x.new_zeros(x.shape[-1])
         return ops.adaln_modulate(x.flatten(1, 2), zero, zero, norm="rms", weight=weight, eps=norm.eps).view(x.shape)
+    if not heads_first:
+        return norm(x)  # type: ignore[no-any-return]
     return norm(x.transpose(1, 2)).transpose(1, 2)  # type: ignore[no-any-return]
 
 

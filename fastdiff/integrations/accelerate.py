@@ -15,7 +15,14 @@ from typing import Literal as L
 
 from torch import nn
 
-from fastdiff.integrations import _diffusers_attention, _diffusers_blocks, _diffusers_joint, _diffusers_norms
+from fastdiff.integrations import (
+    _blur,
+    _diffusers_attention,
+    _diffusers_blocks,
+    _diffusers_joint,
+    _diffusers_norms,
+    _facebook_dit,
+)
 from fastdiff.integrations._swap import Handler, handler_of, make_fast, make_slow, original_class
 
 __all__ = ["HANDLERS", "Entry", "Report", "accelerate", "acceleration_report", "restore"]
@@ -29,6 +36,8 @@ HANDLERS: list[Handler] = [
     *_diffusers_attention.HANDLERS,
     *_diffusers_blocks.HANDLERS,
     *_diffusers_joint.HANDLERS,
+    *_blur.HANDLERS,
+    *_facebook_dit.HANDLERS,
 ]
 
 
@@ -185,9 +194,13 @@ def _walk(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
         for name, module in obj.named_modules():
             here = f"{prefix}{name}" if name else path
             yield here, module
+            below = f"{here}." if here else ""
             processor = module.__dict__.get("processor")  # of an attention layer of diffusers
             if processor is not None:
-                yield f"{here}.processor" if here else "processor", processor
+                yield f"{below}processor", processor
+            if _is_compose(module):  # torchvision's keeps its transforms in a list
+                for i, part in enumerate(module.transforms):
+                    yield from _walk(f"{below}transforms.{i}", part)
     elif _is_pipeline(obj):
         for name, part in obj.components.items():
             if part is not None:
