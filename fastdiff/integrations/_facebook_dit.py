@@ -24,20 +24,15 @@ __all__ = ["HANDLERS"]
 
 
 def _run_block(self: Any, x: Tensor, c: Tensor) -> Tensor:
-    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulation(self, c).chunk(6, dim=1)
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(6, dim=1)
     h = modulate(self.norm1, x, shift_1, scale_1)
     x, h = gate_modulate(self.norm2, x, self.attn(h), gate_1, shift_2, scale_2)
     return gate(x, self.mlp(h), gate_2)
 
 
 def _run_final(self: Any, x: Tensor, c: Tensor) -> Tensor:
-    shift, scale = _modulation(self, c).chunk(2, dim=1)
+    shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
     return _linear.call(self.linear, modulate(self.norm_final, x, shift, scale))
-
-
-def _modulation(self: Any, c: Tensor) -> Tensor:
-    layers = self.adaLN_modulation
-    return _linear.call(layers[1], layers[0](c)) if unwatched(layers) else layers(c)
 
 
 def _run_attention(self: Any, x: Tensor) -> Tensor:
