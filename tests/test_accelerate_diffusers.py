@@ -349,3 +349,23 @@ def test_a_chosen_attention_backend_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
         layer.set_attention_backend("_native_math")
         layer(x)
     assert len(asked) == 1 and asked[0].value == "_native_math"
+
+
+def test_wider_modulation_keeps_its_type() -> None:
+    """float32 modulation of 16-bit tokens is float32 in diffusers, and stays so."""
+    layer, inputs = _zero_float32()
+    fast, inputs["x"] = fast_copy(layer), inputs["x"].bfloat16()
+    with torch.no_grad():
+        ours, theirs = fast(**inputs)[0], layer(**inputs)[0]
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # the block's own
+@pytest.mark.parametrize("case", [_dit_block, _sd3_dual, _flux_joint], ids=lambda case: case.__name__.strip("_"))
+def test_autocast(case: Callable[[], Any]) -> None:
+    """Types are those of the block itself, and numbers those of its 16-bit products."""
+    block, inputs = case()
+    fast = fast_copy(block.eval())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert apart(fast(**inputs), block(**inputs)) < 0.02
