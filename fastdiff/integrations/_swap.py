@@ -15,7 +15,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Handler", "defines", "fast_class", "handler_of", "make_fast", "make_slow", "original_class", "takes"]
+from torch import nn
+
+__all__ = [
+    "Handler",
+    "OfClass",
+    "Takes",
+    "defines",
+    "fast_class",
+    "handler_of",
+    "make_fast",
+    "make_slow",
+    "original_class",
+    "takes",
+]
+
+_CLASS: Any = vars(object)["__class__"]  # assigns the class even where a fast class hides it
 
 
 @dataclass(frozen=True)
@@ -40,12 +55,19 @@ class Handler:
 def make_fast(obj: Any, handler: Handler) -> None:
     """Replaces the class of `obj`; what `make_slow` undoes."""
     kind: Any = type(obj)
-    obj.__class__ = fast_class(kind, handler)
+    _CLASS.__set__(obj, fast_class(kind, handler))
 
 
 def make_slow(obj: Any) -> None:
-    """Gives `obj` its own class back."""
-    obj.__class__ = original_class(obj)
+    """Gives `obj` its own class back.
+
+    Methods that somebody has taken from the fast object and kept in it (offloading wraps ``forward`` so) are exchanged.
+    """
+    _CLASS.__set__(obj, original_class(obj))
+    own = vars(obj)
+    for name, method in own.items():
+        if inspect.ismethod(method) and method.__self__ is obj and "forward" in name:
+            own[name] = getattr(type(obj), method.__name__).__get__(obj)
 
 
 def handler_of(obj: Any) -> Handler | None:
@@ -63,7 +85,7 @@ def original_class(obj: Any) -> type:
 @functools.cache
 def fast_class(original: type, handler: Handler) -> type:
     """The subclass of `original` with the methods of `handler`; the same one whenever it is asked for."""
-    names = {
+    names: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -71,6 +93,9 @@ def fast_class(original: type, handler: Handler) -> type:
         "_fastdiff_original": original,
         "_fastdiff_handler": handler,
     }
+    if not issubclass(original, nn.Module):
+        # Libraries look these up by class: `processor.__class__ in CROSS_ATTENTION_PROCESSORS` of diffusers.
+        names["__class__"] = property(lambda _: original)
     return type(original.__name__, (handler.mixin(original), original), names)
 
 
@@ -94,6 +119,31 @@ def defines(obj: Any, package: str, name: str, method: str = "forward") -> bool:
         if method in vars(cls):
             return cls.__name__ == name and cls.__module__.split(".")[0] == package
     return False
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """A `Handler.claims` that compares by value: see `defines`."""
+
+    package: str
+    name: str
+    method: str = "forward"
+
+    def __call__(self, obj: Any) -> bool:
+        return defines(obj, self.package, self.name, self.method)
+
+
+@dataclass(frozen=True)
+class Takes:
+    """A `Handler.refuses` that compares by value: other parameters of `method` than these, or what `besides` finds."""
+
+    names: tuple[str, ...]
+    method: str = "forward"
+    besides: Callable[[Any], str | None] | None = None
+
+    def __call__(self, obj: Any) -> str | None:
+        unknown = takes(getattr(original_class(obj), self.method), *self.names)
+        return unknown or (self.besides(obj) if self.besides else None)
 
 
 def takes(function: Callable[..., Any], *names: str) -> str | None:

@@ -15,7 +15,16 @@ from typing import Literal as L
 
 from torch import nn
 
-from fastdiff.integrations import _diffusers_schedulers, _transformers_mamba
+from fastdiff.integrations import (
+    _blur,
+    _diffusers_attention,
+    _diffusers_blocks,
+    _diffusers_joint,
+    _diffusers_norms,
+    _diffusers_schedulers,
+    _facebook_dit,
+    _transformers_mamba,
+)
 from fastdiff.integrations._swap import Handler, handler_of, make_fast, make_slow, original_class
 
 __all__ = ["HANDLERS", "Entry", "Report", "accelerate", "acceleration_report", "restore"]
@@ -24,7 +33,16 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 # The first that claims an object has it.
-HANDLERS: list[Handler] = [*_diffusers_schedulers.HANDLERS, _transformers_mamba.HANDLER]
+HANDLERS: list[Handler] = [
+    *_diffusers_norms.HANDLERS,
+    *_diffusers_attention.HANDLERS,
+    *_diffusers_blocks.HANDLERS,
+    *_diffusers_joint.HANDLERS,
+    *_diffusers_schedulers.HANDLERS,
+    _transformers_mamba.HANDLER,
+    *_blur.HANDLERS,
+    *_facebook_dit.HANDLERS,
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Report:
     Args:
         replaced: what runs on our operators now.
         refused: what could have, but for the reason given.
-        unknown: classes with parameters of their own for which there is no replacement, with their numbers.
+        unknown: classes with parameters of their own, outside of what is replaced, for which there is no replacement;
+            with their numbers.
     """
 
     replaced: list[Entry] = field(default_factory=list)
@@ -127,18 +146,28 @@ def acceleration_report(obj: Any) -> Report:
         TypeError: `obj` is nothing that `accelerate` takes.
     """
     report, unknown = Report(), Counter[str]()
+    served: set[str] = set()  # paths below which the layers are ours to call
     for path, part in _parts(obj, "acceleration_report"):
         kind = original_class(part).__name__
         done, handler = handler_of(part), _handler(part)
         if done is not None:
             report.replaced.append(Entry(path, kind, done.name, done.tolerance))
+            served.add(path.removesuffix("processor").removesuffix("."))
         elif handler is not None:
             why = _why_not(part, handler) or "not accelerated yet"
             report.refused.append(Entry(path, kind, handler.name, handler.tolerance, why))
         elif isinstance(part, nn.Module) and next(part.parameters(recurse=False), None) is not None:
-            unknown[kind] += 1
-    report.unknown.update(unknown)
+            unknown[kind] += served.isdisjoint(_above(path))
+    report.unknown.update(+unknown)
     return report
+
+
+def _above(path: str) -> Iterator[str]:
+    """The path and those of everything it is a part of."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _handler(part: Any) -> Handler | None:
@@ -169,9 +198,13 @@ def _walk(path: str, obj: Any) -> Iterator[tuple[str, Any]]:
         for name, module in obj.named_modules():
             here = f"{prefix}{name}" if name else path
             yield here, module
+            below = f"{here}." if here else ""
             processor = module.__dict__.get("processor")  # of an attention layer of diffusers
             if processor is not None:
-                yield f"{here}.processor" if here else "processor", processor
+                yield f"{below}processor", processor
+            if _is_compose(module):  # torchvision's keeps its transforms in a list
+                for i, part in enumerate(module.transforms):
+                    yield from _walk(f"{below}transforms.{i}", part)
     elif _is_pipeline(obj):
         for name, part in obj.components.items():
             if part is not None:
