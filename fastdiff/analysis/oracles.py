@@ -84,7 +84,7 @@ class GaussianOracle(Oracle):
         def gain(var: Tensor, a: Tensor, s: Tensor) -> Tensor:
             return a * var / (a * a * var + s * s)
 
-        return (self._filter(x, alpha, sigma, gain) + self._at(self.mean, x)).to(x.dtype)
+        return (self._filter(x, alpha, sigma, gain) + self.mean.to(x.device)).to(x.dtype)
 
     def noise(self, x: Tensor, alpha: Level, sigma: Level, cond: Tensor | None = None) -> Tensor:
         return self._filter(x, alpha, sigma, lambda var, a, s: s / (a * a * var + s * s)).to(x.dtype)
@@ -121,14 +121,18 @@ class GaussianOracle(Oracle):
         def gain(var: Tensor, a: Tensor, s: Tensor) -> Tensor:
             return ((a1 * a1 * var + s1 * s1) / (a * a * var + s * s)).sqrt()
 
-        return (a1 * self._at(self.mean, x) + self._filter(x, a0, s0, gain)).to(x.dtype)
+        return (a1 * self.mean.to(x.device) + self._filter(x, a0, s0, gain)).to(x.dtype)
 
     def sample(
         self, n: int, generator: torch.Generator | None = None, *, shape: tuple[int, ...] | None = None
     ) -> Tensor:
         z = torch.randn((n, *(self.shape if shape is None else shape)), generator=generator, dtype=_WIDE)
         self._check(z)
-        y = z * self._spread(z).sqrt() if self._basis is None else z.reshape(n, len(self._variance)) * self._variance.sqrt()
+        y = (
+            z * self._spread(z).sqrt()
+            if self._basis is None
+            else z.reshape(n, len(self._variance)) * self._variance.sqrt()
+        )
         return self.mean + self._rotate_back(y, z)
 
     # --------------------------------------------------------------------------------------------------- internals
@@ -156,12 +160,8 @@ class GaussianOracle(Oracle):
     def _spread(self, y: Tensor) -> Tensor:
         return self._variance.to(y.device)
 
-    def _at(self, value: Tensor, x: Tensor) -> Tensor:
-        return value.to(x.device)
-
     def _check(self, x: Tensor) -> None:
-        exact = self._basis is not None
-        check_x(self, x, self.shape, exact)
+        check_x(self, x, self.shape, exact=self._basis is not None)
 
 
 class MixtureOracle(Oracle):
@@ -226,8 +226,8 @@ class MixtureOracle(Oracle):
         """The probability-flow path of one-dimensional data.
 
         In one dimension paths cannot cross, so the flow keeps F(x), the distribution function, constant: the result is
-        the quantile at the levels `end`, found by bisection in float64 (in the tail on the side of x, so that its
-        probability is not rounded away).
+        the quantile at the levels `end`, found by bisection in float64 (from the tail on the side of x and with
+        logarithms, so that small probabilities are not rounded away).
 
         Args:
             x: [B] or [B, 1], at the levels `start`.
@@ -242,7 +242,7 @@ class MixtureOracle(Oracle):
         if math.prod(self.shape) != 1 or x.numel() != len(x):
             fail(self, "x", "one-dimensional data (no closed form otherwise)", tuple(x.shape))
         y = x.to(_WIDE).flatten()
-        upper = y > self._quantile(torch.full((1,), 0.5, dtype=_WIDE, device=x.device), start, upper=False)
+        upper = y > self._quantile(torch.full((1,), math.log(0.5), dtype=_WIDE, device=x.device), start, upper=False)
         low = self._quantile(self._tail(y, start, upper=False), end, upper=False)
         high = self._quantile(self._tail(y, start, upper=True), end, upper=True)
         return torch.where(upper, high, low).reshape(x.shape).to(x.dtype)
@@ -286,19 +286,19 @@ class MixtureOracle(Oracle):
         return a, s, y, total, mix.reshape(*mix.shape, *[1] * (x.dim() - 1))
 
     def _tail(self, y: Tensor, levels: tuple[float, float], *, upper: bool) -> Tensor:
-        """P(X <= y), or P(X > y) for `upper`: [n]."""
+        """log P(X <= y), or log P(X > y) for `upper`: [n]."""
         (alpha, sigma), sign = levels, -1.0 if upper else 1.0
         m, s = self.means.to(y.device).reshape(1, -1), self.stds.to(y.device).reshape(1, -1)
         z = sign * (y[:, None] - alpha * m) / (alpha**2 * s.square() + sigma**2).sqrt()
-        return (self.weights.to(y.device) * torch.special.ndtr(z)).sum(1)
+        return torch.logsumexp(self.weights.to(y.device).log() + torch.special.log_ndtr(z), 1)
 
-    def _quantile(self, p: Tensor, levels: tuple[float, float], *, upper: bool) -> Tensor:
+    def _quantile(self, log_p: Tensor, levels: tuple[float, float], *, upper: bool) -> Tensor:
         (alpha, sigma), width = levels, 40.0
         spread = (alpha**2 * self.stds.square() + sigma**2).sqrt()
-        low = torch.full_like(p, float((alpha * self.means - width * spread).min()))
-        high = torch.full_like(p, float((alpha * self.means + width * spread).max()))
+        low = torch.full_like(log_p, float((alpha * self.means - width * spread).min()))
+        high = torch.full_like(log_p, float((alpha * self.means + width * spread).max()))
         for _ in range(110):  # more halvings than float64 has bits and exponents of use here
             middle = 0.5 * (low + high)
-            below = (self._tail(middle, levels, upper=upper) < p) != upper
+            below = (self._tail(middle, levels, upper=upper) < log_p) != upper
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return 0.5 * (low + high)
