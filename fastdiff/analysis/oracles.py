@@ -80,6 +80,11 @@ class GaussianOracle(Oracle):
         """The covariance, [D, D] float64."""
         return self.moments()[1]
 
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [D] of the coordinates along the eigenvectors of the covariance; they are independent."""
+        mean = self.mean.flatten()
+        return (mean if self._basis is None else self._basis.T @ mean), self._variance.flatten().clone()
+
     def denoise(self, x: Tensor, alpha: Level, sigma: Level, cond: Tensor | None = None) -> Tensor:
         def gain(var: Tensor, a: Tensor, s: Tensor) -> Tensor:
             return a * var / (a * a * var + s * s)
