@@ -109,7 +109,9 @@ def bound_benton(*, d: int, T: float, steps: int, kappa: float, eps_score_square
     return Bound("Benton et al. 2024, Theorem 1 (arXiv:2308.03686)", "KL", terms, formula)
 
 
-def bound_chen_lee_lu(*, d: int, T: float, steps: int, L: float, second_moment: float, eps_score_squared: float) -> Bound:
+def bound_chen_lee_lu(
+    *, d: int, T: float, steps: int, L: float, second_moment: float, eps_score_squared: float
+) -> Bound:
     """H. Chen, Lee & Lu 2023, "Improved analysis of score-based generative modeling", Theorem 2.1 (arXiv:2211.01916).
 
         KL(q || p) ≲ (M2 + d) e^-T + T eps^2 + d T^2 L^2 / N

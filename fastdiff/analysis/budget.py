@@ -18,7 +18,6 @@ W2 is a metric: the total is at most the sum of the four. KL(before || after) is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -144,7 +143,8 @@ def error_budget(oracle: GaussianOracle, scheme: Scheme, *, error: ModelError | 
         ValueError: a plan from data to noise.
     """
     data = _components(oracle)
-    levels = [(_level(scheme.schedule.alpha, t), _level(scheme.schedule.sigma, t)) for t in scheme.times.tolist()]
+    times = scheme.times
+    levels = list(zip(scheme.schedule.alpha(times).tolist(), scheme.schedule.sigma(times).tolist(), strict=True))
     if levels[-1][1] * levels[0][0] > levels[0][1] * levels[-1][0]:
         raise ValueError("[error_budget] scheme: expected a run from noise to data, got one from data to noise")
     exact = [_marginal(data, *level) for level in levels]
@@ -152,9 +152,7 @@ def error_budget(oracle: GaussianOracle, scheme: Scheme, *, error: ModelError | 
     clean = propagate(oracle, scheme, start="noise")
     actual = propagate(oracle, scheme, start="noise", error=error) if error else clean
     laws = (data, exact[-1], ideal, clean.final, actual.final)
-    sources = {
-        name: _source(before, after) for name, before, after in zip(SOURCES, laws[:-1], laws[1:], strict=True)
-    }
+    sources = {name: _source(before, after) for name, before, after in zip(SOURCES, laws[:-1], laws[1:], strict=True)}
     steps = tuple(
         diagonal_w2(law, (mean, variance))
         for law, mean, variance in zip(exact, actual.means, actual.variances, strict=True)
@@ -274,9 +272,3 @@ def _marginal(data: Moments, alpha: float, sigma: float) -> Moments:
 
 def _source(before: Moments, after: Moments) -> Source:
     return Source(diagonal_w2(before, after), diagonal_kl(before, after))
-
-
-def _level(function: Any, t: float) -> float:
-    return float(function(t))
-
-

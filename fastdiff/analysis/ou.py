@@ -31,11 +31,11 @@ GRIDS = ("uniform", "half_geometric")
 class OUProcess:
     """The levels of the process as a schedule: alpha = e^-u, sigma = sqrt(1 - e^-2u)."""
 
-    def alpha(self, t: float) -> float:
-        return math.exp(-t)
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-t)
 
-    def sigma(self, t: float) -> float:
-        return math.sqrt(-math.expm1(-2 * t))
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(-2 * t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,16 +85,16 @@ def ou_exponential_integrator(times: Tensor) -> OUScheme:
     points = torch.as_tensor(times, dtype=torch.float64).cpu()
     if points.dim() != 1 or len(points) < 2 or not bool((points.diff() < 0).all()) or points[-1] < 0:
         raise ValueError(f"[ou_exponential_integrator] times: expected falling times >= 0, got {points.tolist()}")
-    process, stages = OUProcess(), []
+    stages = []
     for k, (u, v) in enumerate(zip(points[:-1].tolist(), points[1:].tolist(), strict=True)):
-        h, sigma = u - v, process.sigma(u)
+        h, sigma = u - v, math.sqrt(-math.expm1(-2 * u))
         terms = (
             (("x", 0), math.exp(h)),
             (("m", 0), -2 * math.expm1(h) / sigma),  # the score is -noise / sigma
             (("n", 0), math.sqrt(math.expm1(2 * h))),
         )
-        stages.append(Stage(u, process.alpha(u), sigma, terms, k))
-    return OUScheme(points, tuple(stages), process)
+        stages.append(Stage(u, math.exp(-u), sigma, terms, k))
+    return OUScheme(points, tuple(stages), OUProcess())
 
 
 def ou_marginal_kl(oracle: GaussianOracle, times: Tensor, *, relative_error: float = 0.0) -> float:
