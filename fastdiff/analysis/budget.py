@@ -191,8 +191,10 @@ def propagate(
     stages, size = scheme.stages, len(center)
     depth = 1 + max((lag for stage in stages for (_, lag), _ in stage.terms), default=0)
     # The window: states x, noises n and random errors e of the network, each of lags 0 .. depth - 1.
-    base = {"x": 0, "n": depth, "e": 2 * depth}
-    mean, cov = np.zeros((size, 3 * depth)), np.zeros((size, 3 * depth, 3 * depth))
+    fresh = [kind for kind, used in (("n", _draws_noise(scheme)), ("e", error.random != 0.0)) if used]
+    base = {kind: i * depth for i, kind in enumerate(("x", *fresh))}
+    width = len(base) * depth
+    mean, cov = np.zeros((size, width)), np.zeros((size, width, width))
     if start == "noise":
         cov[:, 0, 0] = scheme.initial_scale**2
     else:
@@ -202,17 +204,18 @@ def propagate(
     mse = []
     source = np.array([b + lag for b in base.values() for lag in range(depth - 1)], dtype=int)
     for stage in stages:
-        for kind in ("n", "e"):
+        for kind in fresh:
             cov[:, base[kind], base[kind]] = 1.0
         gain, offset = _network(scheme.prediction, stage, center, spread)
         mse.append(_score_mse(scheme.prediction, stage, error, gain, offset, mean[:, 0], cov[:, 0, 0]))
         outputs.insert(0, ((1 + error.relative) * gain, (1 + error.relative) * offset + error.bias))
         del outputs[depth:]
-        row, shift = np.zeros((size, 3 * depth)), np.zeros(size)
+        row, shift = np.zeros((size, width)), np.zeros(size)
         for (kind, lag), coefficient in stage.terms:
             if kind == "m":
                 row[:, lag] += coefficient * outputs[lag][0]
-                row[:, base["e"] + lag] += coefficient * error.random
+                if "e" in base:
+                    row[:, base["e"] + lag] += coefficient * error.random
                 shift += coefficient * outputs[lag][1]
             else:
                 row[:, base[kind] + lag] += coefficient
@@ -229,6 +232,10 @@ def propagate(
             means.append(new_mean)
             variances.append(np.maximum(new_variance, 0.0))
     return Trajectory(np.stack(means), np.stack(variances), np.array(mse))
+
+
+def _draws_noise(scheme: Scheme) -> bool:
+    return any(kind == "n" for stage in scheme.stages for (kind, _), _ in stage.terms)
 
 
 def _network(prediction: str, stage: Stage, center: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

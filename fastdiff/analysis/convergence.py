@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -141,7 +142,7 @@ def sample_complexity(
         ValueError: sizes or repeats that do not fit, or an error that is not a positive number.
     """
     counts = [int(n) for n in sizes]
-    if len(counts) < 2 or counts[0] < 1 or any(b <= a for a, b in zip(counts[:-1], counts[1:], strict=True)):
+    if len(counts) < 2 or counts[0] < 1 or any(b <= a for a, b in itertools.pairwise(counts)):
         raise ValueError(f"[sample_complexity] sizes: expected two or more rising numbers, got {list(sizes)}")
     if repeats < 2:
         raise ValueError(f"[sample_complexity] repeats: expected at least 2, got {repeats}")

@@ -1,7 +1,7 @@
 """The Ornstein-Uhlenbeck setting in which convergence theorems are stated, exactly, for Gaussian data.
 
-Forward process dX = -X dt + sqrt(2) dB: X_u = e^-u X_0 + sqrt(1 - e^-2u) Z. Its reversal, run from noise time u to u - h
-with the score frozen at u, is the exponential integrator of Chen et al. 2023 (arXiv:2209.11215, section 2):
+Forward process dX = -X dt + sqrt(2) dB: X_u = e^-u X_0 + sqrt(1 - e^-2u) Z. Its reversal, run from noise time u to
+u - h with the score frozen at u, is the exponential integrator of Chen et al. 2023 (arXiv:2209.11215, section 2):
 
     Y <- e^h Y + 2 (e^h - 1) s(u, Y) + sqrt(e^2h - 1) Z
 
