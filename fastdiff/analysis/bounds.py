@@ -57,7 +57,9 @@ class Bound:
 
 
 def bound_chen(*, d: int, T: float, h: float, L: float, m2: float, kl_data: float, eps_score: float) -> Bound:
-    """Chen, Chewi, Li, Li, Salim & Zhang 2023, "Sampling is as easy as learning the score", Theorem 2 (arXiv:2209.11215).
+    """Chen, Chewi, Li, Li, Salim & Zhang 2023, "Sampling is as easy as learning the score", Theorem 2.
+
+    arXiv:2209.11215, for the integrator of `fastdiff.analysis.ou`:
 
         TV(p_T, q) ≲ sqrt(KL(q || N(0, I))) e^-T + (L sqrt(d h) + L m2 h) sqrt(T) + eps_score sqrt(T)
 
@@ -85,7 +87,9 @@ def bound_chen(*, d: int, T: float, h: float, L: float, m2: float, kl_data: floa
 
 
 def bound_benton(*, d: int, T: float, steps: int, kappa: float, eps_score_squared: float) -> Bound:
-    """Benton, De Bortoli, Doucet & Deligiannidis 2024, "Nearly d-linear convergence bounds", Theorem 1 (arXiv:2308.03686).
+    """Benton, De Bortoli, Doucet & Deligiannidis 2024, "Nearly d-linear convergence bounds", Theorem 1.
+
+    arXiv:2308.03686, for the integrator of `fastdiff.analysis.ou`:
 
         KL(q_delta || p) ≲ eps_score^2 + kappa^2 d N + kappa d T + d e^-2T
 

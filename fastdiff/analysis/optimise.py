@@ -1,8 +1,8 @@
 """Sampling times that minimise the exact discretisation error of a solver on given data.
 
-Align Your Steps (Sabour et al. 2024, arXiv:2404.14507) optimises times against an upper bound on the KL that is estimated
-by sampling. For Gaussian data the error itself is known exactly and cheaply, for mixtures it is computed on fixed paths;
-so here the error of the very solver and step count is what is minimised.
+Align Your Steps (Sabour et al. 2024, arXiv:2404.14507) optimises times against an upper bound on the KL that is
+estimated by sampling. For Gaussian data the error itself is known exactly and cheaply, for mixtures it is computed on
+fixed paths; so here the error of the very solver and step count is what is minimised.
 
 Times are t_k = t_0 + (t_N - t_0) sum_{j<k} softmax(g)_j: monotone whatever g is. g is that of the times started from,
 plus a piecewise-linear function of a few knots, so that a long run has no more parameters than a short one.
