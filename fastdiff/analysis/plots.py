@@ -37,7 +37,7 @@ def plot_budgets(budgets: Mapping[str, ErrorBudget], path: str | os.PathLike[str
         left.set_ylim(min(positive) / 3, max(positive) * 3)
     left.set_xticks(range(len(SOURCES) + 1), [*SOURCES, "total"], rotation=20)
     left.set(ylabel="W2", title="Error by source")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2, fontsize=9)
     for i, (label, budget) in enumerate(budgets.items()):
         progress = np.linspace(0, 1, len(budget.steps))
         along = np.maximum(budget.steps, 1e-16)

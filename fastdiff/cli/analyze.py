@@ -39,6 +39,7 @@ class AnalyzeSettings:
     betas: str = "linear"
     spacing: str = "linspace"
     final: str = "zero"
+    zero_terminal_snr: bool = False
     shift: float = 1.0
     sigma_max: float = 80.0
     target_std: float = 0.5
@@ -65,6 +66,9 @@ def analyze(
     final: Annotated[
         str, typer.Option(help="vp, edm: end at sigma = 0 (zero) or at the smallest sigma (min).")
     ] = "zero",
+    zero_terminal_snr: Annotated[
+        bool, typer.Option("--zero-terminal-snr", help="vp: noise levels rescaled to start at pure noise.")
+    ] = False,
     shift: Annotated[float, typer.Option(help="flow: shift of the times towards noise.")] = 1.0,
     sigma_max: Annotated[float, typer.Option(help="edm: the largest noise level.")] = 80.0,
     target_std: Annotated[float, typer.Option(help="Standard deviation of the data, per element.")] = 0.5,
@@ -96,8 +100,8 @@ def analyze(
     from fastdiff.cli._table import to_json
 
     settings = AnalyzeSettings(
-        solver, schedule, steps, prediction, betas, spacing, final, shift, sigma_max, target_std, target_mean, spectrum,
-        dimension, score_error, optimise,
+        solver, schedule, steps, prediction, betas, spacing, final, zero_terminal_snr, shift, sigma_max,
+        target_std, target_mean, spectrum, dimension, score_error, optimise,
     )  # fmt: skip
     try:
         with progress_bar("analyze") as report:
@@ -215,16 +219,21 @@ def _given_schedule(settings: AnalyzeSettings) -> tuple[str, Schedule]:
     from fastdiff.samplers import schedules
 
     if settings.schedule == "vp":
-        return (
-            f"vp {settings.betas} {settings.spacing} {settings.final}",
-            schedules.vp(settings.betas, spacing=settings.spacing, final=settings.final),
-        )
+        return _vp(settings, settings.spacing, settings.final)
     if settings.schedule == "edm":
         made = schedules.edm(sigma_max=settings.sigma_max, final=settings.final)
         return f"edm {settings.final}", made
     if settings.schedule == "flow":
         return f"flow shift {settings.shift:g}", schedules.flow(settings.shift)
     raise AnalyzeError(f"--schedule: expected one of {', '.join(SCHEDULES)}, got {settings.schedule!r}")
+
+
+def _vp(settings: AnalyzeSettings, spacing: str, final: str) -> tuple[str, Schedule]:
+    from fastdiff.samplers import schedules
+
+    zero = settings.zero_terminal_snr
+    name = f"vp {settings.betas} {spacing} {final}" + (" zero-snr" if zero else "")
+    return name, schedules.vp(settings.betas, spacing=spacing, final=final, zero_terminal_snr=zero)
 
 
 def _alternatives(settings: AnalyzeSettings) -> dict[str, Schedule]:
@@ -235,8 +244,8 @@ def _alternatives(settings: AnalyzeSettings) -> dict[str, Schedule]:
     if settings.schedule == "vp":
         for spacing in ("trailing", "karras"):
             for final in ("zero", "min"):
-                made = schedules.vp(settings.betas, spacing=spacing, final=final)
-                found[f"vp {settings.betas} {spacing} {final}"] = made
+                name, made = _vp(settings, spacing, final)
+                found[name] = made
     elif settings.schedule == "edm":
         for final in ("zero", "min"):
             found[f"edm {final}"] = schedules.edm(sigma_max=settings.sigma_max, final=final)
