@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def initial_scale(self) -> float:
-        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion, which starts at data.
+        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion.
 
         sigma there for EDM and flows; 1 for VP schedules, whose states have unit variance.
         """
@@ -123,8 +123,8 @@ def make_plan(
         times: [N + 1] times of one's own, in place of ``schedule.times(steps)``; noise falling all the way (or, for
             an inversion, rising).
         interpolation: the variable of multistep and singlestep solvers. ``"lambda"``: log(alpha / sigma), as in
-            their papers. ``"bounded"``: one that stays smooth up to data and noise, which keeps their order on times that
-            are not even in lambda. ``"auto"``: lambda on Karras and EDM times, bounded on others.
+            their papers. ``"bounded"``: one that stays smooth up to data and noise, which keeps their order on
+            times that are not even in lambda. ``"auto"``: lambda on Karras and EDM times, bounded on others.
         **options: the solver's, e.g. ``eta`` of DDIM.
 
     Raises:

@@ -1,7 +1,7 @@
 """The language in which solvers are written: they run once, on symbols, in float64.
 
-A solver calls :meth:`Run.evaluate` on a state and gets back what the model will say there, as *data* (its x0) and *noise*
-(its epsilon): linear combinations of tensors that do not exist yet. It combines them as its paper does, and what
+A solver calls :meth:`Run.evaluate` on a state and gets back what the model will say there, as *data* (its x0) and
+*noise* (its epsilon): linear combinations of tensors that do not exist yet. It combines them as its paper does, and what
 reaches the next ``evaluate`` or the end is recorded: a list of :class:`Stage`, one for each evaluation of the model,
 each with the coefficients of the state that follows. Running the plan is then a single ``ops.linear_update`` per
 stage. That all explicit solvers are such lists is because prediction -> (data, noise) is linear in (x, prediction).
@@ -175,7 +175,7 @@ class Run:
         return to.alpha * now.data + to.sigma * now.noise
 
     def slope(self, now: Evaluation) -> Sum:
-        """dx/dt of the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, eq. 13): alpha' data + sigma' noise."""
+        """dx/dt = alpha' data + sigma' noise of the probability-flow ODE (Song et al. 2021, arXiv:2011.13456, eq. 13)."""
         t = now.point.t
         return self.schedule.alpha_rate(t) * now.data + self.schedule.sigma_rate(t) * now.noise
 

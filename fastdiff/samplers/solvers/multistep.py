@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastdiff.samplers.solvers._exponential import LIMIT, extrapolate
-from fastdiff.samplers.solvers._run import Evaluation, Run, Stage, Sum
+from fastdiff.samplers.solvers._run import Evaluation, Point, Run, Stage, Sum
 from fastdiff.samplers.solvers.runge_kutta import rk4_step
 from fastdiff.samplers.solvers.singlestep import two_stage
 
@@ -27,7 +27,7 @@ def dpmpp_3m(run: Run) -> tuple[Stage, ...]:
 
 
 def deis(run: Run, order: int = 3) -> tuple[Stage, ...]:
-    """DEIS, Zhang & Chen 2023 (arXiv:2204.13902), eq. 13-15: the predicted noise as a polynomial of degree order - 1."""
+    """DEIS, Zhang & Chen 2023 (arXiv:2204.13902), eq. 13-15: the noise as a polynomial of degree order - 1."""
     return _multistep(run, order, "noise")
 
 
@@ -62,8 +62,10 @@ def _uni(run: Run, known: list[Evaluation], to: Point, base: Sum | None = None) 
 
 
 def adams_bashforth(run: Run, order: int = 2) -> tuple[Stage, ...]:
-    """Adams-Bashforth of order 1 to 4 on dx/dt of the probability-flow ODE, with uneven steps (Hairer, Norsett & Wanner,
-    Solving Ordinary Differential Equations I, III.5); started by Runge-Kutta steps of fourth order where order > 2."""
+    """Adams-Bashforth on dx/dt of the probability-flow ODE with uneven steps, of order 1 to 4.
+
+    Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I, III.5; Runge-Kutta starts it where order > 2.
+    """
     slopes: list[Sum] = []
     times: list[float] = []
     x = run.start
