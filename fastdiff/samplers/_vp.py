@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Function", "beta_values", "cosine_log_alpha", "log_alpha_of", "namespace", "require", "time_of"]
+__all__ = ["Function", "beta_values", "bounded", "cosine_log_alpha", "log_alpha_of", "namespace", "require", "time_of"]
 
 _DEGREE = 24  # of the polynomial through log alpha_bar; its last coefficients are below 1e-16
 
@@ -115,6 +115,8 @@ def cosine_log_alpha(T: int) -> tuple[Function, Function, float]:
 
 def time_of(function: Function, rate: Function, value: Any, low: float, high: float) -> Any:
     """The time in [low, high] at which a falling function takes a value; the nearer end beyond its range."""
+    if not np.ndim(value):
+        return _time_of_float(function, rate, float(value), low, high)
     t = np.zeros_like(value) + (low + high) / 2
     a, b = np.full_like(t, low), np.full_like(t, high)
     with np.errstate(invalid="ignore"):
@@ -127,8 +129,30 @@ def time_of(function: Function, rate: Function, value: Any, low: float, high: fl
             t = new
             if done:
                 break
-    t = np.where(value >= function(low), low, np.where(value <= function(high), high, t))
-    return t if t.ndim else float(t)
+    return np.where(value >= function(low), low, np.where(value <= function(high), high, t))
+
+
+def _time_of_float(function: Function, rate: Function, value: float, low: float, high: float) -> float:
+    """The same for one number, without the price of arrays."""
+    if value >= function(low):
+        return low
+    if value <= function(high):
+        return high
+    t, a, b = (low + high) / 2, low, high
+    for _ in range(60):
+        excess = float(function(t)) - value
+        a, b = (t if excess >= 0 else a), (t if excess <= 0 else b)
+        new = t - excess / float(rate(t))
+        new = new if a < new < b else (a + b) / 2
+        if abs(new - t) <= 1e-15 * (high - low):
+            return new
+        t = new
+    return t
+
+
+def bounded(t: Any, low: float, high: float) -> Any:
+    """t cut to [low, high]; a float stays one, whose arithmetic is ten times as fast as numpy's."""
+    return min(max(t, low), high) if isinstance(t, float) else namespace(t).clip(t, low, high)
 
 
 def namespace(t: Any) -> Any:

@@ -74,7 +74,8 @@ def sample(
         generator: for solvers that draw noise: one, or one for each sample, which makes a sample
             independent of its batch.
         callback: ``callback(i, t, x, pred)`` after step i (from 0), with t the time reached, x the new state and
-            pred the last prediction (the conditional one under plain guidance). What it returns, if not None, replaces x.
+            pred the last prediction (the conditional one under plain guidance). What it returns replaces x, if not
+            None.
         progress: show a bar.
         **options: of :func:`make_plan`.
 
@@ -178,10 +179,14 @@ def _run(
 
 
 def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
-    """The time of every stage as [B], on the device and in at least float32; one copy to the device for all."""
+    """The time of every stage as [B], on the device and in at least float32; kept with the plan, so that only its first run copies."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64).to(dtype)
-    return times.to(like.device)[:, None].repeat(1, len(like)).unbind(0)
+    key = ("times", dtype, like.device, len(like))
+    if key not in plan.cache:
+        times = plan.tables().times.to(dtype).to(like.device)
+        plan.cache[key] = times[:, None].repeat(1, len(like)).unbind(0)
+    rows: Sequence[Tensor] = plan.cache[key]
+    return rows
 
 
 def _plain(scale: float, uncond: Any) -> Guidance | None:

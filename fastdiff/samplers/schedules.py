@@ -23,6 +23,7 @@ from torch import Tensor
 from fastdiff.samplers._vp import (
     Function,
     beta_values,
+    bounded,
     cosine_log_alpha,
     log_alpha_of,
     namespace,
@@ -170,7 +171,7 @@ def vp(
 
     def levels(t: Any) -> tuple[Any, Any]:
         xp = namespace(t)
-        log = log_alpha(xp.clip(t, -1.0, start))
+        log = log_alpha(bounded(t, -1.0, start))
         if not zero_terminal_snr:
             return xp.exp(log), xp.sqrt(xp.clip(-xp.expm1(2 * log), 0.0, 1.0))
         alpha = xp.clip((xp.exp(log) - lost) * factor * (t < start), 0.0, 1.0)
