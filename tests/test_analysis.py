@@ -407,7 +407,10 @@ def test_optimised_times_beat_those_they_start_from(solver, gain):
     )
     assert after < before / gain and result.after < result.before / gain
     assert bool((result.times.diff() < 0).all()) and list(result.history) == sorted(result.history, reverse=True)
-    assert torch.equal(result.schedule.times(10), result.times)
+    assert torch.equal(result.schedule.times(10), result.times) and torch.equal(result.plan.times, result.times)
+    assert fa.discretisation_error(fa.GaussianOracle(torch.zeros(12), std=seen), result.plan) == pytest.approx(
+        result.after
+    )
     assert float(result.times[0]) == 80.0 and float(result.times[-1]) == pytest.approx(0.002)
 
 

@@ -37,6 +37,8 @@ class OptimisedTimes:
         times: [N + 1] float64.
         before, after: the error on the times started from and on `times`.
         history: the error after every iteration.
+        plan: the optimised run, for ``fastdiff.samplers.sample(..., plan=plan)``. Times are best for the interpolation
+            that they were found with: another plan on them needs ``interpolation=plan.interpolation``.
         schedule: `fastdiff.samplers.schedules.from_times` of them, for any number of steps.
     """
 
@@ -44,6 +46,7 @@ class OptimisedTimes:
     before: float
     after: float
     history: tuple[float, ...]
+    plan: Plan
     schedule: schedules.Schedule
 
 
@@ -133,9 +136,14 @@ def optimise_times(
 
     theta, history = _bfgs(loss, np.zeros(spline.shape[1]), iterations, callback)
     before, after = error(first), math.exp(history[-1])
-    best = first.times if after >= before else points_of(theta)
+    best = first if after >= before else plan_on(points_of(theta))
     return OptimisedTimes(
-        best, before, min(before, after), tuple(math.exp(v) for v in history), schedules.from_times(schedule, best)
+        times=best.times,
+        before=before,
+        after=min(before, after),
+        history=tuple(math.exp(v) for v in history),
+        plan=best,
+        schedule=schedules.from_times(schedule, best.times),
     )
 
 

@@ -90,9 +90,8 @@ def better_runs(
         tuned = optimise_times(
             oracle, best.plan.schedule, best.solver, best.plan.steps, prediction=prediction, times=best.plan.times
         )
-        plan = make_plan(best.solver, best.plan.schedule, None, prediction=prediction, times=tuned.times)
         name = f"{best.schedule}, times optimised"
-        found.append(Candidate(best.solver, name, plan, error_budget(oracle, plan, error=error)))
+        found.append(Candidate(best.solver, name, tuned.plan, error_budget(oracle, tuned.plan, error=error)))
         found.sort(key=lambda c: c.cost)
     return found
 

@@ -176,6 +176,7 @@ def run_analysis(
     }
     if improves:
         results["recommended"]["times"] = best.plan.times.tolist()
+        results["recommended"]["interpolation"] = best.plan.interpolation
     results["summary"] = _summary(results)
     budgets = {f"given: {settings.solver}, {given_name}": given}
     if improves:
