@@ -103,7 +103,7 @@ def test_third_order_singlestep_is_accurate() -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_coefficients_are_finite_for_every_number_of_steps(solver: str) -> None:
     names = list(SCHEDULES)
-    for n in range(1, 51):
+    for n in (*range(1, 26), *range(26, 51, 3)):
         # Each number with two of the ten schedules and one of the four predictions, and each of those with many.
         for name in (names[n % 10], names[(3 * n + 5) % 10]):
             plan = make_plan(solver, SCHEDULES[name], n, prediction=PREDICTIONS[(n // 2) % 4])
@@ -250,15 +250,15 @@ def test_ddim_against_diffusers() -> None:
 
 @pytest.mark.parametrize("solver", ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "restart", "ddim"])
 def test_stochastic_solvers_keep_the_distribution(solver: str) -> None:
-    noise = torch.randn(40_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(8_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name in ("karras", "flow"):
-        plan = make_plan(solver, SCHEDULES[name], 200, prediction="v", **({"eta": 0.5} if solver == "ddim" else {}))
+        plan = make_plan(solver, SCHEDULES[name], 100, prediction="v", **({"eta": 0.5} if solver == "ddim" else {}))
         assert plan.stochastic
         model = gaussian(SCHEDULES[name], "v")
         got = sample(model, noise, plan=plan, generator=torch.Generator().manual_seed(1))
         end = SCHEDULES[name].sigma(float(plan.times[-1]))
-        assert float(got.mean()) == pytest.approx(MEAN, abs=0.02)
-        assert float(got.std()) == pytest.approx(math.hypot(STD, end), rel=0.025)
+        assert float(got.mean()) == pytest.approx(MEAN, abs=0.025)
+        assert float(got.std()) == pytest.approx(math.hypot(STD, end), rel=0.04)
         with pytest.raises(ValueError, match="draws no noise"):
             plan.reversed()
 
@@ -311,7 +311,9 @@ def test_nothing_is_read_back_and_float32_follows_float64(solver: str) -> None:
         plan = make_plan(solver, schedule, 6, prediction="flow")
         x, generator = noise.to(dtype), torch.Generator().manual_seed(1)
         with NoReading():
-            got = sample(lambda x, t, c: torch.sin(x) - 1, x, plan=plan, generator=generator, guidance_scale=1.5, cond=0)
+            got = sample(
+                lambda x, t, c: torch.sin(x) - 1, x, plan=plan, generator=generator, guidance_scale=1.5, cond=0
+            )
         assert got.dtype == dtype
         assert torch.equal(x, noise.to(dtype))
         results.append(got.double())
@@ -442,7 +444,7 @@ def test_noise_of_a_sample_need_not_depend_on_its_batch() -> None:
 
 
 def test_callback_sees_every_step_and_may_replace_the_state() -> None:
-    plan = make_plan("heun", SCHEDULES["flow"], 4, prediction="flow")
+    plan = make_plan("euler", SCHEDULES["flow"], 4, prediction="flow")
     seen: list[tuple[int, float]] = []
 
     def zero_at_two(i: int, t: float, x: Tensor, pred: Tensor) -> Tensor | None:
@@ -544,7 +546,11 @@ def test_bad_calls_are_refused() -> None:
         (lambda: sample(model, x), ValueError, "schedule"),
         (lambda: sample(model, torch.zeros(2, dtype=torch.long), schedule=schedule), ValueError, "noise"),
         (lambda: sample(model, x, schedule=schedule, guidance_scale=2.0), ValueError, "cond"),
-        (lambda: sample(model, x, schedule=schedule, guidance_scale=2.0, guidance=guidance.CFG()), ValueError, "guidance"),
+        (
+            lambda: sample(model, x, schedule=schedule, guidance_scale=2.0, guidance=guidance.CFG()),
+            ValueError,
+            "guidance",
+        ),
         (lambda: sample(model, x, schedule=schedule, clip_sample=0.0), ValueError, "clip_sample"),
         (lambda: sample(model, x, schedule=schedule, threshold=2.0), ValueError, "threshold"),
         (lambda: guidance.CFG(float("nan")), ValueError, "guidance_scale"),

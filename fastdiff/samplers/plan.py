@@ -57,6 +57,11 @@ class Plan:
         stages: one for every evaluation of the model, in order.
         options: the solver's options.
         interpolation: ``"lambda"`` or ``"bounded"``, see :func:`make_plan`.
+        forward: the run goes from noise to data.
+        stochastic: it draws noise.
+        initial_scale: the factor that makes standard normal noise a state at ``times[0]``: sigma there for EDM and
+            flows, 1 for VP schedules, whose states have unit variance, and for an inversion.
+        step_times: `times` as numbers.
     """
 
     solver: str
@@ -66,37 +71,21 @@ class Plan:
     stages: tuple[Stage, ...]
     options: Mapping[str, Any]
     interpolation: str
+    forward: bool
+    stochastic: bool
+    initial_scale: float
+    step_times: tuple[float, ...]
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def steps(self) -> int:
         """Number of steps."""
-        return len(self.times) - 1
+        return len(self.step_times) - 1
 
     @property
     def nfe(self) -> int:
         """Evaluations of the model in a run, without guidance (which doubles them)."""
         return len(self.stages)
-
-    @property
-    def forward(self) -> bool:
-        """The run goes from noise to data."""
-        return _falls(self.schedule, self.times)
-
-    @property
-    def stochastic(self) -> bool:
-        """The run draws noise."""
-        return any(kind == "n" for stage in self.stages for (kind, _), _ in stage.terms)
-
-    @property
-    def initial_scale(self) -> float:
-        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion.
-
-        sigma there for EDM and flows; 1 for VP schedules, whose states have unit variance.
-        """
-        if not self.forward or self.schedule.kind == "vp":
-            return 1.0
-        return self.schedule.sigma(float(self.times[0]))
 
     def tables(self, device: torch.device | str = "cpu") -> Tables:
         """The plan as tensors, for a loop of one's own: see :class:`Tables`."""
@@ -191,7 +180,13 @@ def make_plan(
         for t, a, s in zip(times.tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist(), strict=True)
     )
     run = Run(schedule, points, prediction, forward=forward, logarithmic=interpolation == "lambda")
-    return Plan(solver, schedule, prediction, times, known.stages(run, **options), dict(options), interpolation)
+    stages = known.stages(run, **options)
+    stochastic = any(kind == "n" for stage in stages for (kind, _), _ in stage.terms)
+    scale = 1.0 if not forward or schedule.kind == "vp" else points[0].sigma
+    ends = tuple(p.t for p in points)
+    return Plan(
+        solver, schedule, prediction, times, stages, dict(options), interpolation, forward, stochastic, scale, ends
+    )
 
 
 def _falls(schedule: Schedule, times: Tensor) -> bool:

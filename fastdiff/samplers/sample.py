@@ -131,7 +131,7 @@ def _run(
     draw = _noise_source(noise, generator) if plan.stochastic else None
     update_state = ops.linear_update
     shape = noise.shape
-    keeps = [float(t) for t in plan.times]
+    ends = plan.step_times
     x = store[0]
     for i, update in enumerate(run.updates):
         x, t, scale = store[update.x], times[i], scales[i]
@@ -167,7 +167,7 @@ def _run(
         x = update_state(update.coefficients, terms, out=store[update.out])
         if update.step >= 0:
             if callback is not None:
-                replacement = callback(update.step, keeps[update.step + 1], x, m)
+                replacement = callback(update.step, ends[update.step + 1], x, m)
                 if replacement is not None and replacement is not x:
                     if replacement.shape != shape:
                         raise ValueError(
@@ -179,7 +179,7 @@ def _run(
 
 
 def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
-    """The time of every stage as [B], on the device and in at least float32; kept with the plan, so that only its first run copies."""
+    """The time of every stage as [B], in at least float32; kept with the plan, so that only its first run copies."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     key = ("times", dtype, like.device, len(like))
     if key not in plan.cache:
