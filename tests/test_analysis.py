@@ -440,6 +440,23 @@ def test_recommendation_is_better_and_costs_no_more():
     assert reached == [False, True]
 
 
+def test_pictures_are_whole_files(tmp_path):
+    flow = schedules.flow()
+    report = fa.analyze_score_estimation_error(
+        lambda x, t: torch.zeros_like(x), SPECTRUM, SPECTRUM.sample(20), [0.1, 0.5, 0.9], schedule=flow
+    )
+    fa.plot_score_error(report, tmp_path / "new" / "score.png")
+    rate = fa.sample_complexity(lambda n, s: (1 + 0.1 * (s % 3)) / n, [10, 20, 40], repeats=3)
+    fa.plot_sample_complexity(rate, tmp_path / "rate.png")
+    budget = fa.error_budget(SPECTRUM, make_plan("ddim", flow, 5, prediction="flow"))
+    fa.plot_budgets({"a": budget}, tmp_path / "budget.png")
+    found = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png"))
+    assert found == ["budget.png", "new/score.png", "rate.png"]
+    for name in found:
+        data = (tmp_path / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdiff.analysis.budget import SOURCES, ErrorBudget
 from fastdiff.analysis.convergence import SampleComplexity
-from fastdiff.analysis.score_error import ScoreErrorReport
+from fastdiff.analysis.score_error import ScoreErrorReport, TimestepError
 
 __all__ = ["plot_budgets", "plot_sample_complexity", "plot_score_error"]
 
@@ -51,18 +51,18 @@ def plot_budgets(budgets: Mapping[str, ErrorBudget], path: str | os.PathLike[str
 def plot_score_error(report: ScoreErrorReport, path: str | os.PathLike[str]) -> None:
     """Mean squared error of the score, and of the noise it implies, against the noise level."""
     figure, (left, right) = _figure(2, (9.0, 3.6))
-    entries = sorted(report.timesteps, key=lambda e: e.sigma)
-    sigma = [e.sigma for e in entries]
-    left.plot(sigma, [e.mse for e in entries], color=_COLOURS[0], marker="o", markersize=3)
-    left.fill_between(sigma, [e.low for e in entries], [e.high for e in entries], color=_COLOURS[0], alpha=0.25)
-    left.scatter([report.worst.sigma], [report.worst.mse], color=_COLOURS[1], zorder=3, label="worst")
+    entries = sorted(report.timesteps, key=_ratio)
+    ratio = [_ratio(e) for e in entries]
+    left.plot(ratio, [e.mse for e in entries], color=_COLOURS[0], marker="o", markersize=3)
+    left.fill_between(ratio, [e.low for e in entries], [e.high for e in entries], color=_COLOURS[0], alpha=0.25)
+    left.scatter([_ratio(report.worst)], [report.worst.mse], color=_COLOURS[1], zorder=3, label="worst")
     left.axhline(report.mean, color="#666666", linewidth=1, linestyle="--", label="mean")
     left.legend(frameon=False)
     left.set(ylabel="MSE of the score", title=f"{report.confidence:.0%} intervals, {report.samples} samples")
-    right.plot(sigma, [e.weighted for e in entries], color=_COLOURS[2], marker="o", markersize=3)
+    right.plot(ratio, [e.weighted for e in entries], color=_COLOURS[2], marker="o", markersize=3)
     right.set(ylabel="MSE of the noise, σ² times it", title="Comparable between levels")
     for axis in (left, right):
-        axis.set(xscale="log", yscale="log", xlabel="σ")
+        axis.set(xscale="log", yscale="log", xlabel="σ / α")
     _save(figure, path)
 
 
@@ -80,6 +80,11 @@ def plot_sample_complexity(result: SampleComplexity, path: str | os.PathLike[str
     axis.set(xscale="log", yscale="log", xlabel="samples n", ylabel="error")
     axis.legend(frameon=False)
     _save(figure, path)
+
+
+def _ratio(entry: TimestepError) -> float:
+    """sigma / alpha, at most 10^4, for an axis on which pure noise has a place."""
+    return entry.sigma / max(entry.alpha, 1e-4 * entry.sigma)
 
 
 def _figure(panels: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class Candidate:
     @property
     def cost(self) -> float:
         """Sum of the W2 of all sources: unlike the total, it does not profit from errors that happen to cancel."""
-        return sum(source.w2 for source in self.budget.sources.values())
+        total = sum(source.w2 for source in self.budget.sources.values())
+        return total if math.isfinite(total) else math.inf
 
 
 def better_runs(

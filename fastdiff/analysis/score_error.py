@@ -22,7 +22,7 @@ class TimestepError:
 
     Attributes:
         t: the time.
-        sigma: the noise level there.
+        alpha, sigma: the levels there.
         mse: E|s' - s|^2 / D, per element of x.
         low, high: confidence interval of `mse`.
         relative: E|s' - s|^2 / E|s|^2.
@@ -30,6 +30,7 @@ class TimestepError:
     """
 
     t: float
+    alpha: float
     sigma: float
     mse: float
     low: float
@@ -153,6 +154,7 @@ def analyze_score_estimation_error(
     entries = tuple(
         TimestepError(
             t=float(times[i]),
+            alpha=float(alphas[i]),
             sigma=float(sigmas[i]),
             mse=float(means[i]),
             low=max(float(means[i] - half[i]), 0.0),

@@ -44,7 +44,7 @@ class AnalyzeSettings:
     sigma_max: float = 80.0
     target_std: float = 0.5
     target_mean: float = 0.0
-    spectrum: str | None = None
+    spectrum: str = "power:1"
     dimension: int = 64
     score_error: float = 0.0
     optimise: bool = True
@@ -74,13 +74,12 @@ def analyze(
     target_std: Annotated[float, typer.Option(help="Standard deviation of the data, per element.")] = 0.5,
     target_mean: Annotated[float, typer.Option(help="Mean of the data, along every direction.")] = 0.0,
     spectrum: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="Variances of the data by direction, relative to target-std^2: power:A for k^-A (natural images: "
-            "about power:1), or numbers such as 4,1,0.25; scaled to mean 1 (default: all 1).",
-            show_default=False,
+            "about power:1), or numbers such as 4,1,0.25; scaled to mean 1."
         ),
-    ] = None,
+    ] = "power:1",
     dimension: Annotated[int, typer.Option(help="Directions of a power:A spectrum.")] = 64,
     score_error: Annotated[
         float, typer.Option(help="Relative error of the network's output, e.g. 0.01; 0: a perfect network.")
@@ -155,6 +154,10 @@ def run_analysis(
         )  # fmt: skip
     except ValueError as problem:
         raise AnalyzeError(str(problem)) from problem
+    if not math.isfinite(given.total.w2):
+        raise AnalyzeError(
+            f"--steps: {settings.solver} in {settings.steps} steps does not stay finite on this schedule"
+        )
     best = found[0]
     cost = sum(source.w2 for source in given.sources.values())
     improves = best.cost < cost
@@ -202,9 +205,7 @@ def _data(settings: AnalyzeSettings) -> GaussianOracle:
         raise AnalyzeError(f"--dimension: expected at least 1, got {settings.dimension}")
     text = settings.spectrum
     try:
-        if text is None:
-            relative = torch.ones(1, dtype=torch.float64)
-        elif text.startswith("power:"):
+        if text.startswith("power:"):
             relative = torch.arange(1, settings.dimension + 1, dtype=torch.float64) ** -float(text[len("power:") :])
         else:
             relative = torch.tensor([float(part) for part in text.split(",")], dtype=torch.float64)
