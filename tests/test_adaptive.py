@@ -65,15 +65,18 @@ def test_the_end_the_way_and_the_inverse(name: str, prediction: str) -> None:
     run = solve(counted, noise(), schedule, prediction=prediction, rtol=1e-8, atol=1e-8, dense=True)
     first, last = run.times[0], run.times[-1]
     scale = 1.0 if name == "vp" else schedule.sigma(first)
-    torch.testing.assert_close(run.final, path(schedule, noise() * scale, first, last), rtol=1e-5, atol=1e-6)
+    # A prediction of the data says nothing at data: the ODE ends before, and DDIM's step does the rest.
+    short = (name, prediction) == ("flow", "sample")
+    end = 1.0 if short else last
+    torch.testing.assert_close(run.final, path(schedule, noise() * scale, first, end), rtol=1e-5, atol=1e-6)
     assert run.nfe == len(asked)
-    assert run.nfe == 1 + 6 * (len(run.times) - 1 + run.rejected)
+    assert run.nfe == 1 + 6 * (len(run.times) - 1 + run.rejected) + short
     for part in (0.013, 0.31, 0.77, 0.99):
         t = first + part * (last - first)
         torch.testing.assert_close(run(t), path(schedule, noise() * scale, first, t), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(run(first), noise() * scale)
-    torch.testing.assert_close(run(last), run.final)
-    back = solve(counted, run.final, schedule, prediction=prediction, rtol=1e-8, atol=1e-8, inverse=True)
+    torch.testing.assert_close(run(last), path(schedule, noise() * scale, first, last), rtol=1e-5, atol=1e-6)
+    back = solve(counted, run(last), schedule, prediction=prediction, rtol=1e-8, atol=1e-8, inverse=True)
     torch.testing.assert_close(back.final / scale, noise(), rtol=1e-4, atol=1e-4)
 
 

@@ -81,7 +81,8 @@ def test_order_on_karras_times(solver: str, low: float, high: float) -> None:
     ("solver", "schedule", "least"),
     [("euler", "flow", 0.95), ("heun", "trailing", 1.9), ("rk4", "trailing", 3.8), ("dpmpp_2m", "trailing", 1.8),
      ("dpmpp_2m", "flow", 1.95), ("dpmpp_3m", "flow", 2.9), ("dpmpp_3m", "cosine", 2.9), ("dpmpp_3s", "flow", 2.8),
-     ("unipc_2", "flow", 2.8), ("unipc_3", "cosine", 3.7), ("ab3", "edm", 2.8), ("dpmpp_2m", "zero snr", 1.8)],
+     ("unipc_2", "flow", 2.8),
+     ("deis_3", "cosine", 2.8), ("unipc_3", "cosine", 3.7), ("ab3", "edm", 2.8), ("dpmpp_2m", "zero snr", 1.8)],
 )  # fmt: skip
 def test_order_is_kept_up_to_data_without_noise(solver: str, schedule: str, least: float) -> None:
     """Times even in t, whose last steps stretch to infinity in log(alpha / sigma)."""

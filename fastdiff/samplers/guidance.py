@@ -101,7 +101,7 @@ class AutoGuidance(Guidance):
         weak: ``weak(x, t, cond) -> prediction``, of the same type as the model's.
         guidance_scale: 1 is the model alone.
         interval: noise levels (low, high] at which to guide.
-        cond: whether the weak model is given the condition, or None.
+        conditional: the weak model is given the condition; otherwise None.
     """
 
     weak: Model

@@ -62,8 +62,15 @@ def extrapolate(
     now = known[0]
     if form == "auto":
         form = _form(run, now.point, score)
-    elif form == "noise" and score and _form(run, now.point, score) == "score":
-        form = "score"
+    elif (
+        form == "noise"
+        and score
+        and run.forward
+        and not run.logarithmic
+        and not now.point.alpha <= now.point.sigma <= 8 * now.point.alpha
+    ):
+        # Near noise the way in sigma / alpha has no end, and errors of E weigh accordingly: D is the smaller part.
+        form = _form(run, now.point, score)
     points = [e.point for e in known]
     total = _total(points[0], to, form)
     while len(points) > 1 and math.isfinite(total) and total != 0.0:
