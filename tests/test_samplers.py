@@ -264,8 +264,27 @@ def test_stochastic_solvers_keep_the_distribution(solver: str) -> None:
             plan.reversed()
 
 
+def test_the_sde_step_integrates_its_kernel() -> None:
+    """The mean at t is a multiple of x_s and 2 alpha_t times the integral of w D, w = (alpha / sigma) over its end."""
+    times = torch.tensor([0.2, 0.45, 0.6], dtype=torch.float64)
+    plan = make_plan("dpmpp_2m_sde", SCHEDULES["flow"], None, prediction="sample", times=times)
+    terms = dict(plan.stages[1].terms)
+
+    def bounded(alpha: Tensor, sigma: Tensor) -> Tensor:  # D is a line in this variable
+        return sigma**2 / (sigma**2 + alpha * torch.hypot(alpha, sigma))
+
+    data = bounded(times, 1 - times)
+    a, s, first = 0.6, 0.4, (0.45 / 0.55) / (0.6 / 0.4)
+    w = first + (1 - first) * (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    integral = (2 * a * w * bounded(w * a, torch.full_like(w, s))).mean() * (1 - first)
+    got = terms["m", 0] * data[1] + terms["m", 1] * data[0]
+    assert float(got) == pytest.approx(float(integral), rel=1e-7)
+    assert terms["x", 0] == pytest.approx(s / 0.55 * first)
+    assert terms["n", 0] == pytest.approx(s * math.sqrt(1 - first**2))
+
+
 def test_consistency_sampling_and_lcm() -> None:
-    schedule, noise = schedules.edm(), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    schedule, noise = schedules.edm(sigma_min=0.5), torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     seen: list[tuple[float, Tensor]] = []
 
     def function(x: Tensor, t: Tensor, cond: Any) -> Tensor:
@@ -278,7 +297,7 @@ def test_consistency_sampling_and_lcm() -> None:
     assert [t for t, _ in seen] == pytest.approx(levels[:3], rel=1e-6)
     x = torch.tanh(noise)
     for tau in levels[1:3]:  # Algorithm 1 of Song et al.
-        x = x + math.sqrt(tau**2 - 0.002**2) * torch.randn(4, 3, generator=generator)
+        x = x + math.sqrt(tau**2 - 0.5**2) * torch.randn(4, 3, generator=generator)
         x = torch.tanh(x / tau)
     torch.testing.assert_close(got, x)
 
@@ -466,6 +485,9 @@ def test_models_of_every_habit() -> None:
     expected = run(lambda x, t, c: x.clone())
     torch.testing.assert_close(run(lambda x, t, c: x), expected)  # gives back its own input
     torch.testing.assert_close(run(lambda x, t, c: torch.cat([x, x * 0], 1)), expected)  # predicts variances too
+    # A state that is not needed itself, but that the prediction lives in.
+    options = {"solver": "dpmpp_3m", "schedule": schedule, "steps": 6, "prediction": "sample"}
+    torch.testing.assert_close(sample(lambda x, t, c: x, x, **options), sample(lambda x, t, c: x.clone(), x, **options))
     buffer = torch.empty_like(x)
     with pytest.raises(ValueError, match="memory of its own"):
         run(lambda x, t, c: buffer.copy_(x))
