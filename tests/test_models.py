@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.models import DIT_PRESETS, DiT, dit
-from fastdiff.samplers import sample_flow_euler
+from fastdiff.samplers import sample, schedules
 from fastdiff.training import RectifiedFlowModel
 
 SMALL = {
@@ -231,18 +232,29 @@ def test_bad_calls_are_named() -> None:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
+def flow_euler(
+    velocity: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x_0: Tensor,
+    steps: int,
+    cond: Tensor | None = None,
+    **options: float,
+) -> Tensor:
+    schedule = schedules.flow()
+    return sample(
+        velocity, x_0, solver="euler", schedule=schedule, steps=steps, prediction="flow", cond=cond, **options
+    )
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_euler_on_flows_with_known_euler_solutions(steps: int) -> None:
     x_0 = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     original = x_0.clone()
-    constant = sample_flow_euler(
-        lambda x, t, cond: cond[:, None].expand_as(x), x_0, steps, torch.tensor([1.0, -2.0, 0.5])
-    )
+    constant = flow_euler(lambda x, t, cond: cond[:, None].expand_as(x), x_0, steps, torch.tensor([1.0, -2.0, 0.5]))
     torch.testing.assert_close(constant, x_0 + torch.tensor([[1.0], [-2.0], [0.5]]))
-    decay = sample_flow_euler(lambda x, t, cond: -x, x_0, steps)
+    decay = flow_euler(lambda x, t, cond: -x, x_0, steps)
     torch.testing.assert_close(decay, x_0 * (1 - 1 / steps) ** steps)
     # dx/dt = 2t on t_k = k/n, k = 0..n-1: sum 2k/n^2 = (n - 1)/n. A grid off by one gives (n + 1)/n.
-    ramp = sample_flow_euler(lambda x, t, cond: (2 * t)[:, None].expand_as(x), x_0, steps)
+    ramp = flow_euler(lambda x, t, cond: (2 * t)[:, None].expand_as(x), x_0, steps)
     torch.testing.assert_close(ramp, x_0 + (steps - 1) / steps)
     assert torch.equal(x_0, original)
 
@@ -255,19 +267,19 @@ def test_euler_guides_and_asks_for_the_unconditional_velocity_only_then() -> Non
         return torch.full_like(x, 0.5) if cond is None else cond[:, None].expand_as(x)
 
     x_0, cond = torch.zeros(2, 3), torch.tensor([1.0, 2.0])
-    guided = sample_flow_euler(velocity, x_0, 4, cond, guidance_scale=3.0)
+    guided = flow_euler(velocity, x_0, 4, cond, guidance_scale=3.0)
     torch.testing.assert_close(guided, torch.tensor([[2.0], [5.0]]).expand(2, 3))  # 0.5 + 3 (c - 0.5)
     assert asked.count(True) == 4
     asked.clear()
-    sample_flow_euler(velocity, x_0, 4, cond)
+    flow_euler(velocity, x_0, 4, cond)
     assert asked == [False] * 4
 
 
 def test_euler_refuses_bad_input() -> None:
-    with pytest.raises(ValueError, match=r"num_steps: expected at least 1, got 0"):
-        sample_flow_euler(lambda x, t, cond: x, torch.zeros(1, 2), 0)
+    with pytest.raises(ValueError, match=r"steps: expected an integer of at least 1, got 0"):
+        flow_euler(lambda x, t, cond: x, torch.zeros(1, 2), 0)
     with pytest.raises(ValueError, match="cond"):
-        sample_flow_euler(lambda x, t, cond: x, torch.zeros(1, 2), 1, guidance_scale=2.0)
+        flow_euler(lambda x, t, cond: x, torch.zeros(1, 2), 1, guidance_scale=2.0)
 
 
 def test_flow_model_samples_its_backbone_in_evaluation_mode() -> None:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fastdiff.cli.analyze import analyze
 from fastdiff.cli.bench import bench
 from fastdiff.cli.demo import demo
 from fastdiff.cli.info import info
@@ -37,5 +38,5 @@ def _options(
     pass
 
 
-for _command in (info, verify, bench, demo):
+for _command in (info, verify, bench, demo, analyze):
     app.command()(_command)
