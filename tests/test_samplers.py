@@ -566,6 +566,8 @@ def test_bad_calls_are_refused() -> None:
         (lambda: make_plan("euler", schedule, 2, times=torch.tensor([0.0, 1.0])), ValueError, "times"),
         (lambda: make_plan("euler", schedule, None, times=torch.tensor([0.0, 0.5, 0.2, 1.0])), ValueError, "times"),
         (lambda: make_plan("euler", schedule, 4, interpolation="t"), ValueError, "interpolation"),
+        (lambda: make_plan("ddpm", schedule, 1).reversed(), ValueError, "draws no noise"),
+        (lambda: make_plan("lcm", schedule, None, times=torch.tensor([1.0, 0.0])), ValueError, "falls"),
         (lambda: sample(model, x), ValueError, "schedule"),
         (lambda: sample(model, torch.zeros(2, dtype=torch.long), schedule=schedule), ValueError, "noise"),
         (lambda: sample(model, x, schedule=schedule, guidance_scale=2.0), ValueError, "cond"),
