@@ -112,6 +112,10 @@ def test_coefficients_are_finite_for_every_number_of_steps(solver: str) -> None:
             assert bool(table.isfinite().all()), (solver, name, n)
             assert plan.times.shape == (n + 1,)
             assert [stage.step for stage in plan.stages if stage.step >= 0] == list(range(n))
+    for name in names:  # one step from noise alone to data alone
+        for prediction in PREDICTIONS:
+            table = make_plan(solver, SCHEDULES[name], 1, prediction=prediction).tables().coefficients
+            assert bool(table.isfinite().all()), (solver, name, prediction)
 
 
 def test_repeated_times_are_steps_that_do_nothing() -> None:
