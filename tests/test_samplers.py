@@ -112,6 +112,10 @@ def test_coefficients_are_finite_for_every_number_of_steps(solver: str) -> None:
             assert bool(table.isfinite().all()), (solver, name, n)
             assert plan.times.shape == (n + 1,)
             assert [stage.step for stage in plan.stages if stage.step >= 0] == list(range(n))
+    for name in names:  # one step from noise alone to data alone
+        for prediction in PREDICTIONS:
+            table = make_plan(solver, SCHEDULES[name], 1, prediction=prediction).tables().coefficients
+            assert bool(table.isfinite().all()), (solver, name, prediction)
 
 
 def test_repeated_times_are_steps_that_do_nothing() -> None:
@@ -566,6 +570,8 @@ def test_bad_calls_are_refused() -> None:
         (lambda: make_plan("euler", schedule, 2, times=torch.tensor([0.0, 1.0])), ValueError, "times"),
         (lambda: make_plan("euler", schedule, None, times=torch.tensor([0.0, 0.5, 0.2, 1.0])), ValueError, "times"),
         (lambda: make_plan("euler", schedule, 4, interpolation="t"), ValueError, "interpolation"),
+        (lambda: make_plan("ddpm", schedule, 1).reversed(), ValueError, "draws no noise"),
+        (lambda: make_plan("lcm", schedule, None, times=torch.tensor([1.0, 0.0])), ValueError, "falls"),
         (lambda: sample(model, x), ValueError, "schedule"),
         (lambda: sample(model, torch.zeros(2, dtype=torch.long), schedule=schedule), ValueError, "noise"),
         (lambda: sample(model, x, schedule=schedule, guidance_scale=2.0), ValueError, "cond"),

@@ -103,7 +103,7 @@ class Plan:
         Raises:
             ValueError: the plan draws noise.
         """
-        if self.stochastic:
+        if self.stochastic or SOLVERS[self.solver].stochastic:
             raise ValueError(f"[Plan.reversed] solver: expected one that draws no noise, got {self.solver!r}")
         return make_plan(
             self.solver, self.schedule, None, prediction=self.prediction, times=self.times.flip(0),
@@ -169,6 +169,8 @@ def make_plan(
         expected = "[steps + 1], steps at least 1" if steps is None else f"[{steps + 1}]"
         raise ValueError(f"[make_plan] times: expected shape {expected}, got {list(times.shape)}")
     forward = _falls(schedule, times)
+    if not forward and known.stochastic:
+        raise ValueError(f"[make_plan] times: expected noise that falls with {solver!r}, got {times.tolist()}")
     times[0] = _first_time(schedule, float(times[0]), prediction)
     angles = torch.atan2(schedule.sigma(times), schedule.alpha(times)).diff()
     if not bool((angles <= 0).all() if forward else (angles >= 0).all()):
