@@ -1,0 +1,179 @@
+"""Plans: everything of a sampling run that does not depend on the model, computed once in float64.
+
+    plan = make_plan("dpmpp_2m", schedules.vp("scaled_linear", spacing="karras"), 20, prediction="v")
+    images = sample(model, noise, plan=plan)
+
+A plan is a list of stages: ask the model at time t, then form the next state, a sum of earlier states, outputs and
+noise with known coefficients. It is immutable, holds no tensors of the run, and serves any number of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.samplers.schedules import Schedule
+from fastdiff.samplers.solvers import SOLVERS, Stage
+from fastdiff.samplers.solvers._run import Point, Run
+
+__all__ = ["PREDICTIONS", "Plan", "make_plan"]
+
+PREDICTIONS = ("epsilon", "v", "sample", "flow")
+DEEPEST = 1e3  # sigma / alpha (or its inverse) at which a prediction that says nothing at the very end is first asked
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The run of a solver on a schedule. Made by :func:`make_plan`.
+
+    Attributes:
+        solver: its name.
+        schedule: the schedule.
+        prediction: what the model predicts.
+        times: [steps + 1] float64, first to last: noise to data, or data to noise for an inversion.
+        stages: one for every evaluation of the model, in order.
+        options: the solver's options.
+        interpolation: ``"lambda"`` or ``"bounded"``, see :func:`make_plan`.
+    """
+
+    solver: str
+    schedule: Schedule
+    prediction: str
+    times: Tensor
+    stages: tuple[Stage, ...]
+    options: Mapping[str, Any]
+    interpolation: str
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.times) - 1
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the model in a run, without guidance (which doubles them)."""
+        return len(self.stages)
+
+    @property
+    def forward(self) -> bool:
+        """The run goes from noise to data."""
+        return _falls(self.schedule, self.times)
+
+    @property
+    def stochastic(self) -> bool:
+        """The run draws noise."""
+        return any(kind == "n" for stage in self.stages for (kind, _), _ in stage.terms)
+
+    @property
+    def initial_scale(self) -> float:
+        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion, which starts at data.
+
+        sigma there for EDM and flows; 1 for VP schedules, whose states have unit variance.
+        """
+        if not self.forward or self.schedule.kind == "vp":
+            return 1.0
+        return self.schedule.sigma(float(self.times[0]))
+
+    def reversed(self) -> Plan:
+        """The same solver from the last time to the first: an inversion, from data to noise (and back again).
+
+        Raises:
+            ValueError: the plan draws noise.
+        """
+        if self.stochastic:
+            raise ValueError(f"[Plan.reversed] solver: expected one that draws no noise, got {self.solver!r}")
+        return make_plan(
+            self.solver, self.schedule, None, prediction=self.prediction, times=self.times.flip(0),
+            interpolation=self.interpolation, **self.options,
+        )  # fmt: skip
+
+    def with_prediction(self, prediction: str) -> Plan:
+        """The same run for a model that predicts something else."""
+        return make_plan(
+            self.solver, self.schedule, None, prediction=prediction, times=self.times,
+            interpolation=self.interpolation, **self.options,
+        )  # fmt: skip
+
+
+def make_plan(
+    solver: str,
+    schedule: Schedule,
+    steps: int | None,
+    *,
+    prediction: str = "epsilon",
+    times: Tensor | None = None,
+    interpolation: str = "auto",
+    **options: Any,
+) -> Plan:
+    """Computes the plan of a run.
+
+    Args:
+        solver: a name in ``fastdiff.samplers.SOLVERS``.
+        schedule: from ``fastdiff.samplers.schedules``.
+        steps: number of steps N, at least 1; None with `times`.
+        prediction: what the model predicts of x = alpha data + sigma noise: ``"epsilon"`` noise; ``"v"`` alpha noise -
+            sigma data; ``"sample"`` data; ``"flow"`` data - noise. A model that predicts epsilon says nothing where
+            alpha = 0: such a run starts at sigma / alpha = 1000 instead of infinity, and that of a sample prediction
+            from sigma = 0 (an inversion) at 1 / 1000.
+        times: [N + 1] times of one's own, in place of ``schedule.times(steps)``; noise falling all the way (or, for
+            an inversion, rising).
+        interpolation: the variable of multistep and singlestep solvers. ``"lambda"``: log(alpha / sigma), as in
+            their papers. ``"bounded"``: one that stays smooth up to data and noise, which keeps their order on times that
+            are not even in lambda. ``"auto"``: lambda on Karras and EDM times, bounded on others.
+        **options: the solver's, e.g. ``eta`` of DDIM.
+
+    Raises:
+        ValueError: an argument is not one of these or out of range, or the noise does not fall (or rise).
+        TypeError: the solver has no such option.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"[make_plan] solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"[make_plan] prediction: expected one of {PREDICTIONS}, got {prediction!r}")
+    if interpolation not in ("auto", "lambda", "bounded"):
+        raise ValueError(f"[make_plan] interpolation: expected 'auto', 'lambda' or 'bounded', got {interpolation!r}")
+    known = SOLVERS[solver]
+    for name in options:
+        if name not in known.options:
+            expected = ", ".join(known.options) or "none"
+            raise TypeError(f"[make_plan] options of {solver}: expected {expected}, got {name!r}")
+    if times is None:
+        if steps is None:
+            raise ValueError("[make_plan] steps: expected a number of steps, or times, got None")
+        times = schedule.times(steps)
+    times = times.detach().to("cpu", torch.float64, copy=True)
+    if times.dim() != 1 or len(times) < 2 or (steps is not None and len(times) != steps + 1):
+        expected = "[steps + 1], steps at least 1" if steps is None else f"[{steps + 1}]"
+        raise ValueError(f"[make_plan] times: expected shape {expected}, got {list(times.shape)}")
+    forward = _falls(schedule, times)
+    times[0] = _first_time(schedule, float(times[0]), prediction)
+    angles = torch.atan2(schedule.sigma(times), schedule.alpha(times)).diff()
+    if not bool((angles <= 0).all() if forward else (angles >= 0).all()):
+        raise ValueError(f"[make_plan] times: expected noise that falls (or rises) all the way, got {times.tolist()}")
+    if interpolation == "auto":
+        interpolation = "lambda" if schedule.log_spaced else "bounded"
+    points = tuple(
+        Point(t, a, s)
+        for t, a, s in zip(times.tolist(), schedule.alpha(times).tolist(), schedule.sigma(times).tolist(), strict=True)
+    )
+    run = Run(schedule, points, prediction, forward=forward, logarithmic=interpolation == "lambda")
+    return Plan(solver, schedule, prediction, times, known.stages(run, **options), dict(options), interpolation)
+
+
+def _falls(schedule: Schedule, times: Tensor) -> bool:
+    first, last = float(times[0]), float(times[-1])
+    return schedule.sigma(last) * schedule.alpha(first) <= schedule.sigma(first) * schedule.alpha(last)
+
+
+def _first_time(schedule: Schedule, t: float, prediction: str) -> float:
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    if prediction == "epsilon" and alpha * DEEPEST < sigma:
+        return schedule.time_at(DEEPEST)
+    if prediction == "sample" and sigma * DEEPEST < alpha:
+        return schedule.time_at(1 / DEEPEST)
+    return t

@@ -1,0 +1,417 @@
+"""Noise schedules: x_t = alpha(t) data + sigma(t) noise, t being what the model is given.
+
+Everything is float64 and continuous in t, so that float timesteps mean something and a solver's order can be observed.
+A schedule also says on which times a run of so many steps is done (:meth:`Schedule.times`).
+
+- :func:`vp`: a trained DDPM schedule; t in [-1, T - 1], where t = k is the k-th training timestep and t = -1 is data.
+- :func:`edm`: t is sigma itself, alpha = 1 (Karras et al. 2022, arXiv:2206.00364).
+- :func:`flow`: alpha = t, sigma = 1 - t, from noise at t = 0 to data at t = 1 (Liu et al. 2022, arXiv:2209.03003).
+- :func:`from_times`: any of these on times of one's own, e.g. optimised ones (Sabour et al. 2024, arXiv:2404.14507).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Schedule", "edm", "flow", "from_times", "vp"]
+
+Time = TypeVar("Time", float, Tensor)
+SPACINGS = ("linspace", "trailing", "leading", "karras")
+_DEGREE = 24  # of the polynomial through log alpha_bar; its last coefficients are below 1e-16
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A noise schedule. Made by the functions of this module.
+
+    Attributes:
+        name: what it is, in words.
+        kind: ``"vp"`` (alpha^2 + sigma^2 = 1), ``"edm"`` (alpha = 1) or ``"flow"`` (alpha + sigma = 1).
+        start: the time with the most noise that a run may start from.
+        end: the time of data, where sigma = 0.
+        last: the time with the least noise that the model knows, where a run ends with ``final="min"``.
+        log_spaced: times are spaced in sigma / alpha, so that steps of a logarithmic solver are even.
+    """
+
+    name: str
+    kind: str
+    start: float
+    end: float
+    last: float
+    log_spaced: bool
+    _levels: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]  # alpha, sigma and their derivatives
+    _time_at: Callable[[Tensor], Tensor]
+    _grid: Callable[[int], np.ndarray]
+
+    def alpha(self, t: Time) -> Time:
+        """The factor of the data at time t, a number or a tensor of any shape, in float64."""
+        return self._apply(t, 0)
+
+    def sigma(self, t: Time) -> Time:
+        """The factor of the noise at time t, a number or a tensor of any shape, in float64."""
+        return self._apply(t, 1)
+
+    def alpha_rate(self, t: Time) -> Time:
+        """d alpha / dt."""
+        return self._apply(t, 2)
+
+    def sigma_rate(self, t: Time) -> Time:
+        """d sigma / dt; not finite where sigma has a vertical tangent, at the data end of a VP schedule."""
+        return self._apply(t, 3)
+
+    def log_snr(self, t: Time) -> Time:
+        """lambda = log(alpha / sigma), the half log signal-to-noise ratio (infinite at an end without data or noise)."""
+        if isinstance(t, Tensor):
+            return self.alpha(t).log() - self.sigma(t).log()
+        return float(self.log_snr(torch.tensor(float(t), dtype=torch.float64)))
+
+    def time_at(self, ratio: Time) -> Time:
+        """The time at which sigma / alpha is `ratio` >= 0, inf included; beyond the schedule its end."""
+        if isinstance(ratio, Tensor):
+            return self._time_at(ratio.double())
+        return float(self._time_at(torch.tensor(float(ratio), dtype=torch.float64)))
+
+    def times(self, steps: int) -> Tensor:
+        """[steps + 1] float64: the times of a run, from noise to data.
+
+        Raises:
+            ValueError: fewer than one step.
+        """
+        if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+            raise ValueError(f"[Schedule.times] steps: expected an integer of at least 1, got {steps!r}")
+        return torch.from_numpy(np.ascontiguousarray(self._grid(int(steps)), dtype=np.float64))
+
+    def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """alpha(t) data + sigma(t) noise, with t [B] or a number: where training and editing start from."""
+        from fastdiff import ops
+
+        t = torch.as_tensor(t, dtype=torch.float64, device=data.device)
+        return ops.linear_update((self.alpha(t), self.sigma(t)), (data, noise))
+
+    def _apply(self, t: Time, which: int) -> Time:
+        if isinstance(t, Tensor):
+            return self._levels(t.double())[which]
+        return float(self._levels(torch.tensor(float(t), dtype=torch.float64))[which])
+
+    def __repr__(self) -> str:
+        return f"Schedule({self.name})"
+
+
+def vp(
+    betas: str | Sequence[float] | Tensor = "linear",
+    num_train_timesteps: int = 1000,
+    spacing: str = "linspace",
+    final: str = "zero",
+    *,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    rho: float = 7.0,
+    zero_terminal_snr: bool = False,
+) -> Schedule:
+    """A variance-preserving schedule of T training timesteps, continuous between them.
+
+    alpha_bar at an integer t is the product of (1 - beta) that training used; between integers it is the smooth
+    function through these points (a polynomial of degree 24 in t for linear and scaled-linear betas, the cosine itself
+    for cosine betas, a spline for betas given as numbers).
+
+    Args:
+        betas: ``"linear"`` (Ho et al. 2020, arXiv:2006.11239), ``"scaled_linear"`` (linear in sqrt(beta); Stable
+            Diffusion), ``"cosine"`` (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17, betas at most 0.999), or the T
+            betas themselves.
+        num_train_timesteps: T; at least 2.
+        spacing: times of a run of N steps. ``"linspace"``: evenly from T - 1 to 0. ``"trailing"``: T - 1 - k T / N
+            (Lin et al. 2024, arXiv:2305.08891, Table 2). ``"leading"``: from T - T / N to 0 (the first N of
+            k T / N). ``"karras"``: even in (sigma / alpha)^(1 / rho) from T - 1 to 0 (Karras et al., eq. 5).
+        final: ``"zero"``: the last step goes to data, t = -1, where sigma = 0. ``"min"``: it ends at t = 0.
+        beta_start: first beta; 1e-4 for linear and 8.5e-4 for scaled-linear unless given.
+        beta_end: last beta; 0.02 and 0.012.
+        rho: see ``"karras"``.
+        zero_terminal_snr: rescale alpha so that it is 0 at T - 1 and unchanged at 0 (Lin et al., Algorithm 1).
+
+    Raises:
+        ValueError: an option is not one of these, or out of range.
+    """
+    _require("vp", num_train_timesteps >= 2, "num_train_timesteps", "at least 2", num_train_timesteps)
+    _require("vp", spacing in SPACINGS, "spacing", f"one of {SPACINGS}", spacing)
+    _require("vp", final in ("zero", "min"), "final", "'zero' or 'min'", final)
+    T = num_train_timesteps
+    name = betas if isinstance(betas, str) else "given"
+    start = float(T - 1)
+    if name == "cosine":
+        log_alpha, start = _cosine_log_alpha(T)
+    else:
+        log_alpha = _log_alpha(_betas(betas, T, beta_start, beta_end), smooth=isinstance(betas, str))
+    end = -1.0
+    if zero_terminal_snr:
+        a_first = math.exp(float(log_alpha(torch.zeros((), dtype=torch.float64))[0]))
+        a_last = math.exp(float(log_alpha(torch.tensor(start, dtype=torch.float64))[0]))
+        factor = a_first / (a_first - a_last)
+
+        def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            log, rate = log_alpha(t.clamp(-1.0, start))
+            raw = log.exp()
+            alpha = ((raw - a_last) * factor).clamp(0.0, 1.0)
+            alpha = torch.where(t >= start, 0.0, torch.where(t <= end, 1.0, alpha))
+            sigma = ((1 - alpha) * (1 + alpha)).sqrt()
+            alpha_rate = factor * rate * raw
+            return alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma
+
+        # The rescaled alpha reaches 1 a little before t = -1.
+        limit = torch.tensor(-math.log(1 / factor + a_last), dtype=torch.float64)
+        end = _bisect(lambda t: -log_alpha(t)[0], limit, -1.0, 0.0).item()
+    else:
+
+        def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            log, rate = log_alpha(t.clamp(-1.0, start))
+            alpha, variance = log.exp(), -torch.expm1(2 * log)
+            sigma = variance.clamp(min=0).sqrt()
+            alpha_rate = rate * alpha
+            return alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma
+
+    def ratio(t: Tensor) -> Tensor:
+        alpha, sigma, _, _ = levels(t)
+        return sigma / alpha
+
+    def time_at(value: Tensor) -> Tensor:
+        return _bisect(ratio, value, end, start)
+
+    def grid(steps: int) -> np.ndarray:
+        if spacing == "karras":
+            largest = min(float(ratio(torch.tensor(start, dtype=torch.float64))), 1e3)
+            smallest = float(ratio(torch.zeros((), dtype=torch.float64)))
+            ends = start if largest < 1e3 else float(time_at(torch.tensor(1e3, dtype=torch.float64))), 0.0
+            return _karras(steps, largest, smallest, rho, final, time_at, ends, end)
+        if final == "min":
+            if spacing == "leading":
+                return np.arange(steps, -1, -1) * (start + 1) / (steps + 1)
+            return np.linspace(start, 0.0, steps + 1)
+        if spacing == "linspace":
+            points = np.linspace(start, 0.0, steps) if steps > 1 else np.array([start])
+        elif spacing == "trailing":
+            points = start - np.arange(steps) * (start - end) / steps
+        else:
+            points = np.arange(steps - 1, -1, -1) * (start + 1) / steps
+        return np.append(points, end)
+
+    text = f"vp {name} {spacing} {final}" + (" zero_terminal_snr" if zero_terminal_snr else "")
+    return Schedule(text, "vp", start, end, 0.0, spacing == "karras", levels, time_at, grid)
+
+
+def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, final: str = "zero") -> Schedule:
+    """x_t = data + t noise with t = sigma, on the grid of Karras et al. 2022 (arXiv:2206.00364), eq. 5.
+
+    Args:
+        sigma_min: the smallest noise level that the model is asked about, above 0.
+        sigma_max: the largest, above sigma_min.
+        rho: levels are even in sigma^(1 / rho).
+        final: ``"zero"``: a last step goes from sigma_min to 0. ``"min"``: the run ends at sigma_min.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+    _require("edm", 0 < sigma_min < sigma_max < math.inf, "sigma_min", f"in (0, sigma_max={sigma_max})", sigma_min)
+    _require("edm", rho > 0, "rho", "above 0", rho)
+    _require("edm", final in ("zero", "min"), "final", "'zero' or 'min'", final)
+
+    def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        one = torch.ones_like(t)
+        return one, t, torch.zeros_like(t), one
+
+    def grid(steps: int) -> np.ndarray:
+        return _karras(steps, sigma_max, sigma_min, rho, final, lambda s: s, (sigma_max, sigma_min), 0.0)
+
+    text = f"edm {sigma_min:g}..{sigma_max:g} rho {rho:g} {final}"
+    return Schedule(text, "edm", sigma_max, 0.0, sigma_min, True, levels, lambda ratio: ratio.clamp(max=sigma_max), grid)
+
+
+def flow(shift: float = 1.0) -> Schedule:
+    """x_t = t data + (1 - t) noise; times even after a shift towards noise.
+
+    Args:
+        shift: with s = 1 - t even in [0, 1], the noise level of a step is shift s / (1 + (shift - 1) s) (Esser et al.
+            2024, arXiv:2403.03206, eq. 23). 1 leaves times even; larger values spend more steps near noise.
+
+    Raises:
+        ValueError: the shift is not above 0.
+    """
+    _require("flow", shift > 0, "shift", "above 0", shift)
+
+    def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        one = torch.ones_like(t)
+        return t, 1 - t, one, -one
+
+    def grid(steps: int) -> np.ndarray:
+        k = np.arange(steps + 1)
+        # t = 1 - shift s / (1 + (shift - 1) s) with s = 1 - k / N, without the cancellation.
+        return k / (k + shift * (steps - k))
+
+    return Schedule(f"flow shift {shift:g}", "flow", 0.0, 1.0, 1.0, False, levels, lambda r: 1 / (1 + r), grid)
+
+
+def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
+    """The same noise levels on times of one's own.
+
+    A run of ``len(times) - 1`` steps uses exactly these times. Another number of steps interpolates: log(sigma / alpha)
+    against the number of the step, linearly (Sabour et al. 2024, "Align Your Steps", arXiv:2404.14507), and t itself in
+    intervals that end where there is no noise or no data.
+
+    Args:
+        schedule: gives alpha and sigma.
+        times: at least two, with the noise falling from each to the next.
+
+    Raises:
+        ValueError: fewer than two times, or noise that does not fall.
+    """
+    points = torch.as_tensor(times, dtype=torch.float64).cpu().flatten()
+    _require("from_times", len(points) >= 2, "times", "at least two", len(points))
+    alpha, sigma = schedule.alpha(points), schedule.sigma(points)
+    angle = torch.atan2(sigma, alpha)
+    _require("from_times", bool((angle.diff() < 0).all()), "times", "sigma / alpha to fall", points.tolist())
+    log = torch.where((alpha > 0) & (sigma > 0), sigma.log() - alpha.log(), torch.nan)
+
+    def grid(steps: int) -> np.ndarray:
+        if steps == len(points) - 1:
+            return points.numpy().copy()
+        position = torch.linspace(0, len(points) - 1, steps + 1, dtype=torch.float64)
+        left = position.long().clamp(max=len(points) - 2)
+        part = position - left
+        straight = points[left] + part * (points[left + 1] - points[left])
+        level = log[left] + part * (log[left + 1] - log[left])
+        result = torch.where(level.isnan() | (part == 0), straight, schedule.time_at(level.nan_to_num(0.0).exp()))
+        result[0], result[-1] = points[0], points[-1]
+        return result.numpy()
+
+    name = f"{schedule.name} on {len(points)} times"
+    return Schedule(
+        name, schedule.kind, float(points[0]), schedule.end, schedule.last, False, schedule._levels,
+        schedule._time_at, grid,
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- VP levels
+
+
+def _betas(betas: str | Sequence[float] | Tensor, T: int, first: float | None, last: float | None) -> np.ndarray:
+    if not isinstance(betas, str):
+        values = torch.as_tensor(betas, dtype=torch.float64).cpu().numpy()
+        _require("vp", values.shape == (T,), "betas", f"num_train_timesteps={T} values", values.shape)
+        _require("vp", bool(((values > 0) & (values < 1)).all()), "betas", "values in (0, 1)", values)
+        return values
+    if betas == "linear":
+        return np.linspace(1e-4 if first is None else first, 0.02 if last is None else last, T)
+    if betas == "scaled_linear":
+        low, high = 8.5e-4 if first is None else first, 0.012 if last is None else last
+        return np.linspace(low**0.5, high**0.5, T) ** 2
+    raise ValueError(f"[vp] betas: expected 'linear', 'scaled_linear', 'cosine' or numbers, got {betas!r}")
+
+
+LogAlpha = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _log_alpha(betas: np.ndarray, *, smooth: bool) -> LogAlpha:
+    """log alpha(t) and its derivative, through the sums of log(1 - beta) / 2 at t = 0..T-1 and 0 at t = -1."""
+    T = len(betas)
+    values = 0.5 * np.cumsum(np.log1p(-betas))
+    knots = np.arange(T, dtype=np.float64)
+    if smooth:
+        # log alpha = (t + 1) g(t): zero at -1 exactly. g is a polynomial in z, t scaled to [-1, 1].
+        scale = T / 2
+        degree = min(_DEGREE, T - 1)
+        z = (knots + 1) / scale - 1
+        series = np.polynomial.chebyshev.chebfit(z, values / (knots + 1), degree)
+        rate = np.polynomial.chebyshev.chebder(series) / scale
+
+        def polynomial(t: Tensor) -> tuple[Tensor, Tensor]:
+            z = (t + 1) / scale - 1
+            g = _chebyshev(series, z)
+            return (t + 1) * g, g + (t + 1) * _chebyshev(rate, z)
+
+        return polynomial
+    # A cubic spline, natural at both ends, on t = -1..T-1.
+    points = np.append(0.0, values)
+    second = np.zeros(T + 1)
+    if T > 1:
+        matrix = np.diag(np.full(T - 1, 4.0)) + np.diag(np.ones(T - 2), 1) + np.diag(np.ones(T - 2), -1)
+        second[1:-1] = np.linalg.solve(matrix, 6 * np.diff(points, 2))
+    slope = np.diff(points) - (2 * second[:-1] + second[1:]) / 6
+    table = torch.from_numpy(np.stack([points[:-1], slope, second[:-1] / 2, np.diff(second) / 6]))
+
+    def spline(t: Tensor) -> tuple[Tensor, Tensor]:
+        index = (t + 1).floor().clamp(0, T - 1).long()
+        c0, c1, c2, c3 = table.to(t.device)[:, index]
+        u = t + 1 - index
+        return c0 + u * (c1 + u * (c2 + u * c3)), c1 + u * (2 * c2 + 3 * u * c3)
+
+    return spline
+
+
+def _chebyshev(series: np.ndarray, z: Tensor) -> Tensor:
+    """Clenshaw's recurrence."""
+    b1 = b2 = torch.zeros_like(z)
+    for c in series[:0:-1]:
+        b1, b2 = float(c) + 2 * z * b1 - b2, b1
+    return float(series[0]) + z * b1 - b2
+
+
+def _cosine_log_alpha(T: int) -> tuple[LogAlpha, float]:
+    """log cos(phi) / cos(phi_0) and the time at which it reaches what the last beta, cut to 0.999, leaves.
+
+    That time lies 0.03 before T - 1 for T = 1000: the cut makes alpha_bar a little larger there than the formula.
+    """
+    offset, unit = 0.008, math.pi / 2 / 1.008
+
+    def angle(t: Tensor) -> Tensor:
+        return ((t + 1) / T + offset) * unit
+
+    first = math.log(math.cos(offset * unit))
+
+    def log_alpha(t: Tensor) -> tuple[Tensor, Tensor]:
+        phi = angle(t)
+        return phi.cos().log() - first, -phi.tan() * unit / T
+
+    before = math.cos(((T - 1) / T + offset) * unit)
+    start = (math.acos(before * math.sqrt(1e-3)) / unit - offset) * T - 1
+    return log_alpha, start
+
+
+def _bisect(function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float) -> Tensor:
+    """The time in [low, high] at which a growing function takes a value; the nearer end beyond its range."""
+    a, b = torch.full_like(value, low), torch.full_like(value, high)
+    for _ in range(64):
+        middle = (a + b) / 2
+        below = function(middle) < value
+        a, b = torch.where(below, middle, a), torch.where(below, b, middle)
+    return torch.where(value >= function(torch.full_like(value, high)), high, b)
+
+
+def _karras(
+    steps: int,
+    largest: float,
+    smallest: float,
+    rho: float,
+    final: str,
+    time_at: Callable[[Tensor], Tensor],
+    ends: tuple[float, float],
+    zero: float,
+) -> np.ndarray:
+    """Karras et al. 2022, eq. 5, with the first and last time exact."""
+    count = steps if final == "zero" else steps + 1
+    ramp = np.linspace(0, 1, count) if count > 1 else np.zeros(1)
+    levels = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
+    times = time_at(torch.from_numpy(levels)).numpy().copy()
+    times[0] = ends[0]
+    if count > 1:
+        times[-1] = ends[1]
+    return np.append(times, zero) if final == "zero" else times
+
+
+def _require(function: str, ok: bool, argument: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"[{function}] {argument}: expected {expected}, got {got!r}")
