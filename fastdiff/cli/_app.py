@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fastdiff.cli.bench import bench
+from fastdiff.cli.certify import certify
 from fastdiff.cli.demo import demo
 from fastdiff.cli.info import info
 from fastdiff.cli.verify import verify
@@ -37,5 +38,5 @@ def _options(
     pass
 
 
-for _command in (info, verify, bench, demo):
+for _command in (info, verify, certify, bench, demo):
     app.command()(_command)
