@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,37 +46,43 @@ class Schedule:
     end: float
     last: float
     log_spaced: bool
-    _levels: Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]  # alpha, sigma and their derivatives
-    _time_at: Callable[[Tensor], Tensor]
+    # Of a float, an array or a tensor: (alpha, sigma), their derivatives by t, and the time at a sigma / alpha.
+    _levels: Callable[[Any], tuple[Any, Any]]
+    _rates: Callable[[Any], tuple[Any, Any]]
+    _time_at: Callable[[Any], Any]
     _grid: Callable[[int], np.ndarray]
 
     def alpha(self, t: Time) -> Time:
         """The factor of the data at time t, a number or a tensor of any shape, in float64."""
-        return self._apply(t, 0)
+        return _apply(self._levels, t, 0)
 
     def sigma(self, t: Time) -> Time:
         """The factor of the noise at time t, a number or a tensor of any shape, in float64."""
-        return self._apply(t, 1)
+        return _apply(self._levels, t, 1)
 
     def alpha_rate(self, t: Time) -> Time:
         """d alpha / dt."""
-        return self._apply(t, 2)
+        return _apply(self._rates, t, 0)
 
     def sigma_rate(self, t: Time) -> Time:
-        """d sigma / dt; not finite where sigma has a vertical tangent, at the data end of a VP schedule."""
-        return self._apply(t, 3)
+        """d sigma / dt; infinite or not a number where sigma has a vertical tangent, at the data end of a VP schedule."""
+        return _apply(self._rates, t, 1)
 
     def log_snr(self, t: Time) -> Time:
         """lambda = log(alpha / sigma), the half log signal-to-noise ratio (infinite at an end without data or noise)."""
         if isinstance(t, Tensor):
             return self.alpha(t).log() - self.sigma(t).log()
-        return float(self.log_snr(torch.tensor(float(t), dtype=torch.float64)))
+        alpha, sigma = self._levels(float(t))
+        if alpha == 0.0 or sigma == 0.0:
+            return -math.inf if alpha == 0.0 else math.inf
+        return math.log(alpha) - math.log(sigma)
 
     def time_at(self, ratio: Time) -> Time:
         """The time at which sigma / alpha is `ratio` >= 0, inf included; beyond the schedule its end."""
         if isinstance(ratio, Tensor):
-            return self._time_at(ratio.double())
-        return float(self._time_at(torch.tensor(float(ratio), dtype=torch.float64)))
+            times = np.asarray(self._time_at(ratio.detach().double().cpu().numpy()))
+            return torch.from_numpy(times).to(ratio.device)
+        return float(self._time_at(float(ratio)))
 
     def times(self, steps: int) -> Tensor:
         """[steps + 1] float64: the times of a run, from noise to data.
@@ -94,11 +100,6 @@ class Schedule:
 
         t = torch.as_tensor(t, dtype=torch.float64, device=data.device)
         return ops.linear_update((self.alpha(t), self.sigma(t)), (data, noise))
-
-    def _apply(self, t: Time, which: int) -> Time:
-        if isinstance(t, Tensor):
-            return self._levels(t.double())[which]
-        return float(self._levels(torch.tensor(float(t), dtype=torch.float64))[which])
 
     def __repr__(self) -> str:
         return f"Schedule({self.name})"
@@ -145,49 +146,44 @@ def vp(
     name = betas if isinstance(betas, str) else "given"
     start = float(T - 1)
     if name == "cosine":
-        log_alpha, start = _cosine_log_alpha(T)
+        log_alpha, log_alpha_rate, start = _cosine_log_alpha(T)
     else:
-        log_alpha = _log_alpha(_betas(betas, T, beta_start, beta_end), smooth=isinstance(betas, str))
+        log_alpha, log_alpha_rate = _log_alpha(_betas(betas, T, beta_start, beta_end), smooth=isinstance(betas, str))
     end = -1.0
+    lost, factor = 0.0, 1.0  # alpha = (exp(log alpha) - lost) factor
     if zero_terminal_snr:
-        a_first = math.exp(float(log_alpha(torch.zeros((), dtype=torch.float64))[0]))
-        a_last = math.exp(float(log_alpha(torch.tensor(start, dtype=torch.float64))[0]))
-        factor = a_first / (a_first - a_last)
-
-        def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            log, rate = log_alpha(t.clamp(-1.0, start))
-            raw = log.exp()
-            alpha = ((raw - a_last) * factor).clamp(0.0, 1.0)
-            alpha = torch.where(t >= start, 0.0, torch.where(t <= end, 1.0, alpha))
-            sigma = ((1 - alpha) * (1 + alpha)).sqrt()
-            alpha_rate = factor * rate * raw
-            return alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma
-
+        lost, first = math.exp(log_alpha(start)), math.exp(log_alpha(0.0))
+        factor = first / (first - lost)
         # The rescaled alpha reaches 1 a little before t = -1.
-        limit = torch.tensor(-math.log(1 / factor + a_last), dtype=torch.float64)
-        end = _bisect(lambda t: -log_alpha(t)[0], limit, -1.0, 0.0).item()
-    else:
+        end = float(_time_of(log_alpha, log_alpha_rate, np.log(1 / factor + lost), -1.0, 0.0))
 
-        def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            log, rate = log_alpha(t.clamp(-1.0, start))
-            alpha, variance = log.exp(), -torch.expm1(2 * log)
-            sigma = variance.clamp(min=0).sqrt()
-            alpha_rate = rate * alpha
-            return alpha, sigma, alpha_rate, -alpha * alpha_rate / sigma
+    def levels(t: Any) -> tuple[Any, Any]:
+        xp = _namespace(t)
+        log = log_alpha(xp.clip(t, -1.0, start))
+        if not zero_terminal_snr:
+            return xp.exp(log), xp.sqrt(xp.clip(-xp.expm1(2 * log), 0.0, 1.0))
+        alpha = xp.clip((xp.exp(log) - lost) * factor * (t < start), 0.0, 1.0)
+        alpha = alpha + (1.0 - alpha) * (t <= end)
+        return alpha, xp.sqrt((1 - alpha) * (1 + alpha))
 
-    def ratio(t: Tensor) -> Tensor:
-        alpha, sigma, _, _ = levels(t)
-        return sigma / alpha
+    def rates(t: Any) -> tuple[Any, Any]:
+        alpha, sigma = levels(t)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = log_alpha_rate(t) * (alpha + lost * factor)
+            return rate, -alpha * rate / sigma
 
-    def time_at(value: Tensor) -> Tensor:
-        return _bisect(ratio, value, end, start)
+    def time_at(ratio: Any) -> Any:
+        with np.errstate(divide="ignore"):
+            log = np.log(1 / np.hypot(1.0, ratio) / factor + lost)
+        return _time_of(log_alpha, log_alpha_rate, log, end, start)
 
     def grid(steps: int) -> np.ndarray:
         if spacing == "karras":
-            largest = min(float(ratio(torch.tensor(start, dtype=torch.float64))), 1e3)
-            smallest = float(ratio(torch.zeros((), dtype=torch.float64)))
-            ends = start if largest < 1e3 else float(time_at(torch.tensor(1e3, dtype=torch.float64))), 0.0
-            return _karras(steps, largest, smallest, rho, final, time_at, ends, end)
+            (alpha, sigma), (alpha_0, sigma_0) = levels(start), levels(0.0)
+            deep = sigma > 1e3 * alpha
+            first = float(time_at(1e3)) if deep else start
+            largest = 1e3 if deep else sigma / alpha
+            return _karras(steps, largest, sigma_0 / alpha_0, rho, final, time_at, (first, 0.0), end)
         if final == "min":
             if spacing == "leading":
                 return np.arange(steps, -1, -1) * (start + 1) / (steps + 1)
@@ -201,7 +197,7 @@ def vp(
         return np.append(points, end)
 
     text = f"vp {name} {spacing} {final}" + (" zero_terminal_snr" if zero_terminal_snr else "")
-    return Schedule(text, "vp", start, end, 0.0, spacing == "karras", levels, time_at, grid)
+    return Schedule(text, "vp", start, end, 0.0, spacing == "karras", levels, rates, time_at, grid)
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, final: str = "zero") -> Schedule:
@@ -220,15 +216,19 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, 
     _require("edm", rho > 0, "rho", "above 0", rho)
     _require("edm", final in ("zero", "min"), "final", "'zero' or 'min'", final)
 
-    def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        one = torch.ones_like(t)
-        return one, t, torch.zeros_like(t), one
+    def levels(t: Any) -> tuple[Any, Any]:
+        return 0 * t + 1, t
+
+    def rates(t: Any) -> tuple[Any, Any]:
+        return 0 * t, 0 * t + 1
 
     def grid(steps: int) -> np.ndarray:
         return _karras(steps, sigma_max, sigma_min, rho, final, lambda s: s, (sigma_max, sigma_min), 0.0)
 
     text = f"edm {sigma_min:g}..{sigma_max:g} rho {rho:g} {final}"
-    return Schedule(text, "edm", sigma_max, 0.0, sigma_min, True, levels, lambda ratio: ratio.clamp(max=sigma_max), grid)
+    return Schedule(
+        text, "edm", sigma_max, 0.0, sigma_min, True, levels, rates, lambda ratio: np.minimum(ratio, sigma_max), grid
+    )
 
 
 def flow(shift: float = 1.0) -> Schedule:
@@ -243,16 +243,18 @@ def flow(shift: float = 1.0) -> Schedule:
     """
     _require("flow", shift > 0, "shift", "above 0", shift)
 
-    def levels(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        one = torch.ones_like(t)
-        return t, 1 - t, one, -one
+    def levels(t: Any) -> tuple[Any, Any]:
+        return t, 1 - t
+
+    def rates(t: Any) -> tuple[Any, Any]:
+        return 0 * t + 1, 0 * t - 1
 
     def grid(steps: int) -> np.ndarray:
         k = np.arange(steps + 1)
         # t = 1 - shift s / (1 + (shift - 1) s) with s = 1 - k / N, without the cancellation.
         return k / (k + shift * (steps - k))
 
-    return Schedule(f"flow shift {shift:g}", "flow", 0.0, 1.0, 1.0, False, levels, lambda r: 1 / (1 + r), grid)
+    return Schedule(f"flow shift {shift:g}", "flow", 0.0, 1.0, 1.0, False, levels, rates, lambda r: 1 / (1 + r), grid)
 
 
 def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
@@ -291,7 +293,7 @@ def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
     name = f"{schedule.name} on {len(points)} times"
     return Schedule(
         name, schedule.kind, float(points[0]), schedule.end, schedule.last, False, schedule._levels,
-        schedule._time_at, grid,
+        schedule._rates, schedule._time_at, grid,
     )  # fmt: skip
 
 
@@ -312,83 +314,109 @@ def _betas(betas: str | Sequence[float] | Tensor, T: int, first: float | None, l
     raise ValueError(f"[vp] betas: expected 'linear', 'scaled_linear', 'cosine' or numbers, got {betas!r}")
 
 
-LogAlpha = Callable[[Tensor], tuple[Tensor, Tensor]]
+Function = Callable[[Any], Any]  # of a float, an array or a tensor
 
 
-def _log_alpha(betas: np.ndarray, *, smooth: bool) -> LogAlpha:
+def _log_alpha(betas: np.ndarray, *, smooth: bool) -> tuple[Function, Function]:
     """log alpha(t) and its derivative, through the sums of log(1 - beta) / 2 at t = 0..T-1 and 0 at t = -1."""
     T = len(betas)
     values = 0.5 * np.cumsum(np.log1p(-betas))
-    knots = np.arange(T, dtype=np.float64)
     if smooth:
         # log alpha = (t + 1) g(t): zero at -1 exactly. g is a polynomial in z, t scaled to [-1, 1].
         scale = T / 2
-        degree = min(_DEGREE, T - 1)
-        z = (knots + 1) / scale - 1
-        series = np.polynomial.chebyshev.chebfit(z, values / (knots + 1), degree)
-        rate = np.polynomial.chebyshev.chebder(series) / scale
+        knots = np.arange(T, dtype=np.float64) + 1
+        series = np.polynomial.chebyshev.chebfit(knots / scale - 1, values / knots, min(_DEGREE, T - 1))
+        small = np.abs(series) > 1e-18
+        g = series[: int(small.nonzero()[0][-1]) + 1].tolist()
+        rate = (np.polynomial.chebyshev.chebder(g) / scale).tolist()
 
-        def polynomial(t: Tensor) -> tuple[Tensor, Tensor]:
+        def value(t: Any) -> Any:
+            return (t + 1) * _chebyshev(g, (t + 1) / scale - 1)
+
+        def derivative(t: Any) -> Any:
             z = (t + 1) / scale - 1
-            g = _chebyshev(series, z)
-            return (t + 1) * g, g + (t + 1) * _chebyshev(rate, z)
+            return _chebyshev(g, z) + (t + 1) * _chebyshev(rate, z)
 
-        return polynomial
+        return value, derivative
     # A cubic spline, natural at both ends, on t = -1..T-1.
     points = np.append(0.0, values)
     second = np.zeros(T + 1)
-    if T > 1:
-        matrix = np.diag(np.full(T - 1, 4.0)) + np.diag(np.ones(T - 2), 1) + np.diag(np.ones(T - 2), -1)
-        second[1:-1] = np.linalg.solve(matrix, 6 * np.diff(points, 2))
+    matrix = np.diag(np.full(T - 1, 4.0)) + np.diag(np.ones(T - 2), 1) + np.diag(np.ones(T - 2), -1)
+    second[1:-1] = np.linalg.solve(matrix, 6 * np.diff(points, 2))
     slope = np.diff(points) - (2 * second[:-1] + second[1:]) / 6
-    table = torch.from_numpy(np.stack([points[:-1], slope, second[:-1] / 2, np.diff(second) / 6]))
+    array = np.stack([points[:-1], slope, second[:-1] / 2, np.diff(second) / 6])
+    tensor = torch.from_numpy(array)
 
-    def spline(t: Tensor) -> tuple[Tensor, Tensor]:
-        index = (t + 1).floor().clamp(0, T - 1).long()
-        c0, c1, c2, c3 = table.to(t.device)[:, index]
-        u = t + 1 - index
-        return c0 + u * (c1 + u * (c2 + u * c3)), c1 + u * (2 * c2 + 3 * u * c3)
+    def piece(t: Any) -> tuple[Any, Any]:
+        if isinstance(t, Tensor):
+            index = (t + 1).floor().clamp(0, T - 1).long()
+            return tensor.to(t.device)[:, index], t + 1 - index
+        index = np.clip(np.floor(t + 1), 0, T - 1).astype(np.int64)
+        return array[:, index], t + 1 - index
 
-    return spline
+    def spline(t: Any) -> Any:
+        (c0, c1, c2, c3), u = piece(t)
+        return c0 + u * (c1 + u * (c2 + u * c3))
+
+    def spline_rate(t: Any) -> Any:
+        (_, c1, c2, c3), u = piece(t)
+        return c1 + u * (2 * c2 + 3 * u * c3)
+
+    return spline, spline_rate
 
 
-def _chebyshev(series: np.ndarray, z: Tensor) -> Tensor:
+def _chebyshev(series: list[float], z: Any) -> Any:
     """Clenshaw's recurrence."""
-    b1 = b2 = torch.zeros_like(z)
+    b1 = b2 = 0.0 * z
     for c in series[:0:-1]:
-        b1, b2 = float(c) + 2 * z * b1 - b2, b1
-    return float(series[0]) + z * b1 - b2
+        b1, b2 = c + 2 * z * b1 - b2, b1
+    return series[0] + z * b1 - b2
 
 
-def _cosine_log_alpha(T: int) -> tuple[LogAlpha, float]:
-    """log cos(phi) / cos(phi_0) and the time at which it reaches what the last beta, cut to 0.999, leaves.
-
-    That time lies 0.03 before T - 1 for T = 1000: the cut makes alpha_bar a little larger there than the formula.
-    """
+def _cosine_log_alpha(T: int) -> tuple[Function, Function, float]:
+    """log cos(phi) / cos(phi_0), its derivative, and the time at which it reaches what the last beta, cut to 0.999,
+    leaves: 0.03 before T - 1 for T = 1000, because the cut makes the last alpha_bar a little larger than the formula."""
     offset, unit = 0.008, math.pi / 2 / 1.008
-
-    def angle(t: Tensor) -> Tensor:
-        return ((t + 1) / T + offset) * unit
-
     first = math.log(math.cos(offset * unit))
 
-    def log_alpha(t: Tensor) -> tuple[Tensor, Tensor]:
-        phi = angle(t)
-        return phi.cos().log() - first, -phi.tan() * unit / T
+    def angle(t: Any) -> Any:
+        return ((t + 1) / T + offset) * unit
 
-    before = math.cos(((T - 1) / T + offset) * unit)
-    start = (math.acos(before * math.sqrt(1e-3)) / unit - offset) * T - 1
-    return log_alpha, start
+    def value(t: Any) -> Any:
+        xp = _namespace(t)
+        return xp.log(xp.cos(angle(t))) - first
+
+    def derivative(t: Any) -> Any:
+        return -_namespace(t).tan(angle(t)) * unit / T
+
+    start = (math.acos(math.cos(angle(T - 2.0)) * math.sqrt(1e-3)) / unit - offset) * T - 1
+    return value, derivative, start
 
 
-def _bisect(function: Callable[[Tensor], Tensor], value: Tensor, low: float, high: float) -> Tensor:
-    """The time in [low, high] at which a growing function takes a value; the nearer end beyond its range."""
-    a, b = torch.full_like(value, low), torch.full_like(value, high)
-    for _ in range(64):
-        middle = (a + b) / 2
-        below = function(middle) < value
-        a, b = torch.where(below, middle, a), torch.where(below, b, middle)
-    return torch.where(value >= function(torch.full_like(value, high)), high, b)
+def _time_of(function: Function, rate: Function, value: Any, low: float, high: float) -> Any:
+    """The time in [low, high] at which a falling function takes a value; the nearer end beyond its range."""
+    t = np.zeros_like(value) + (low + high) / 2
+    a, b = np.full_like(t, low), np.full_like(t, high)
+    with np.errstate(invalid="ignore"):
+        for _ in range(60):  # Newton's, or halving where it leaves the bracket
+            excess = function(t) - value
+            a, b = np.where(excess >= 0, t, a), np.where(excess <= 0, t, b)
+            new = t - excess / rate(t)
+            new = np.where((new > a) & (new < b), new, (a + b) / 2)
+            done = np.all(np.abs(new - t) <= 1e-15 * (high - low))
+            t = new
+            if done:
+                break
+    t = np.where(value >= function(low), low, np.where(value <= function(high), high, t))
+    return t if t.ndim else float(t)
+
+
+def _apply(function: Callable[[Any], tuple[Any, Any]], t: Any, which: int) -> Any:
+    return function(t.double())[which] if isinstance(t, Tensor) else float(function(float(t))[which])
+
+
+def _namespace(t: Any) -> Any:
+    return torch if isinstance(t, Tensor) else np
 
 
 def _karras(
@@ -397,7 +425,7 @@ def _karras(
     smallest: float,
     rho: float,
     final: str,
-    time_at: Callable[[Tensor], Tensor],
+    time_at: Function,
     ends: tuple[float, float],
     zero: float,
 ) -> np.ndarray:
@@ -405,7 +433,7 @@ def _karras(
     count = steps if final == "zero" else steps + 1
     ramp = np.linspace(0, 1, count) if count > 1 else np.zeros(1)
     levels = (largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho
-    times = time_at(torch.from_numpy(levels)).numpy().copy()
+    times = np.array(time_at(levels))
     times[0] = ends[0]
     if count > 1:
         times[-1] = ends[1]
