@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 __all__ = ["METHOD", "Fit", "fit", "observe"]
 
-_POINTS, _SETTLED = 3, 0.1
-FIRST, ENOUGH, LAST = 20, 320, 2560
+_POINTS, _SETTLED = 3, 0.05
+FIRST, ENOUGH, LAST = 20, 320, 1280
 METHOD = (
-    f"Order: least-squares slope of log(error) against log(NFE) over the last {_POINTS} runs. NFE doubles from {FIRST} to "
-    f"{ENOUGH}, and on to at most {LAST} until the slopes of the last two doublings agree within {_SETTLED}; runs from the "
-    "first whose error is below the rounding floor are left out. Error: the largest over all points of all targets."
+    f"Order: least-squares slope of log(error) against log(NFE) over the last {_POINTS} runs. NFE doubles from "
+    f"{FIRST} to {ENOUGH}, and on to at most {LAST} until the slopes of the last two doublings agree within {_SETTLED}; "
+    "runs from the first whose error is below the rounding floor on are left out. Error: the largest over all points "
+    "of all targets."
 )
 
 
@@ -27,7 +28,9 @@ class Fit:
     used: int
 
 
-def observe(measure: Callable[[int], tuple[int, float]], *, floor: float, enough: int = ENOUGH, last: int = LAST) -> Fit:
+def observe(
+    measure: Callable[[int], tuple[int, float]], *, floor: float, enough: int = ENOUGH, last: int = LAST
+) -> Fit:
     """Fit the order of what `measure` returns, (NFE, error), for about so many model evaluations.
 
     Args:
@@ -49,7 +52,7 @@ def observe(measure: Callable[[int], tuple[int, float]], *, floor: float, enough
 
 
 def fit(points: list[tuple[int, float]], *, floor: float) -> Fit:
-    """Fit the order to (NFE, error) pairs, in ascending NFE; those from the first error below `floor` on do not count."""
+    """Fit the order to (NFE, error) pairs, in ascending NFE, up to the first error below `floor`."""
     above = []
     for calls, error in points:
         if not math.isfinite(error) or error < floor:

@@ -10,7 +10,9 @@ import typer
 
 def certify(
     solver: Annotated[list[str] | None, typer.Option(help="Only this solver; may be repeated.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Three schedules, two prediction types, few step counts.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three schedules, two prediction types, few step counts.")
+    ] = False,
     diffusers: Annotated[
         bool, typer.Option("--diffusers/--no-diffusers", help="Measure diffusers' schedulers too, if installed.")
     ] = True,
