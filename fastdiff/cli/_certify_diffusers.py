@@ -1,9 +1,9 @@
 """The same certificate for the schedulers of diffusers, where it is installed: same targets, points and fits.
 
 A perfect network is asked at the level of noise that the *timestep* handed to it stands for, as every real network is:
-between training steps log sigma is interpolated. A second run asks at the level the scheduler itself computes with; where
-the two differ, it is rounding of the timesteps that costs accuracy. Errors are taken at the last level of the scheduler's
-own grid, so that a grid that stops early is not blamed for it.
+between training steps log sigma is interpolated. A second run asks at the level the scheduler itself computes with;
+where the two differ, it is rounding of the timesteps that costs accuracy. Errors are taken at the last level of the
+scheduler's own grid, so that a grid that stops early is not blamed for it.
 """
 
 from __future__ import annotations

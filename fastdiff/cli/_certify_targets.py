@@ -1,9 +1,9 @@
 """What the certificate samples from: distributions on a line whose probability-flow paths are known exactly.
 
 In one dimension the flow keeps the order of points, so a point stays at its quantile: with F_t the distribution
-function of alpha_t x0 + sigma_t e, the exact path through x is F_t^-1(F_s(x)), for a mixture of Gaussians as well as for
-a Gaussian (where it is the closed form m alpha_t + (x - m alpha_s) sqrt((alpha_t^2 v + sigma_t^2) / (...))). A state
-[1, P] holds P such points, each with a target of its own, so one run measures all of them.
+function of alpha_t x0 + sigma_t e, the exact path through x is F_t^-1(F_s(x)), for a mixture of Gaussians as well as
+for a Gaussian, where it is the familiar m alpha_t + (x - m alpha_s) times the ratio of the deviations. A state [1, P]
+holds P such points, each with a target of its own, so one run measures all of them.
 """
 
 from __future__ import annotations
