@@ -5,19 +5,27 @@ Nothing is read back from the device, and the states live in a few buffers that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff._progress import progress_bar
+from fastdiff.samplers._program import program
+from fastdiff.samplers.adaptive import solve
+from fastdiff.samplers.guidance import CFG, Guidance, _channels
 from fastdiff.samplers.plan import Plan, make_plan
 from fastdiff.samplers.schedules import Schedule
+from fastdiff.samplers.solvers import conversion
 
 __all__ = ["sample"]
 
 Model = Callable[[Tensor, Tensor, Any], Tensor]
+Callback = Callable[[int, float, Tensor, Tensor], "Tensor | None"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @torch.no_grad()
@@ -31,26 +39,232 @@ def sample(
     plan: Plan | None = None,
     prediction: str = "epsilon",
     cond: Any = None,
+    uncond: Any = None,
     guidance_scale: float = 1.0,
-    generator: torch.Generator | None = None,
-    callback: Callable[..., Tensor | None] | None = None,
+    guidance: Guidance | None = None,
+    clip_sample: float | None = None,
+    threshold: float | None = None,
+    generator: Generators = None,
+    callback: Callback | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Tensor:
+    """Turns noise into samples.
+
+    Args:
+        model: ``model(x, t, cond) -> prediction`` with x [B, ...] and t [B], the times of the schedule in x's dtype
+            (float32 at least). A module is put into evaluation mode for the run. A prediction with twice the channels
+            of x is cut to its first half (the rest are variances). x is a buffer of the run: who keeps it, clones it.
+        noise: [B, ...], standard normal, any float dtype: the state is kept in it. For an inversion the data. It is
+            not written to.
+        solver: a name in ``SOLVERS``, or ``"adaptive"`` (see :func:`fastdiff.samplers.adaptive.solve`).
+        schedule: from ``fastdiff.samplers.schedules``.
+        steps: number of steps; not used by ``"adaptive"``.
+        plan: from :func:`make_plan`; replaces solver, schedule, steps, prediction and options.
+        prediction: what the model predicts: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``.
+        cond: given to the model.
+        uncond: given to the model in place of `cond` for the other prediction of guidance: None or a negative condition.
+        guidance_scale: ``other + guidance_scale (pred - other)``; at 1 the other prediction is not asked for.
+        guidance: another form of guidance, from ``fastdiff.samplers.guidance``; not with the two before.
+        clip_sample: clamp predicted data to [-clip_sample, clip_sample] at every evaluation; the noise is then the one
+            that belongs to the clamped data.
+        threshold: dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, §2.3): clamp predicted data to its own
+            quantile of this order, e.g. 0.995, where that is above 1, and divide by it.
+        generator: for solvers that draw noise: one, or one for each sample, which makes a sample independent of its batch.
+        callback: ``callback(i, t, x, pred)`` after step i (from 0), with t the time reached, x the new state and pred the
+            last prediction (the conditional one under plain guidance). What it returns, if not None, replaces x.
+        progress: show a bar.
+        **options: of :func:`make_plan`.
+
+    Returns:
+        [B, ...], the last state, in noise's dtype.
+
+    Raises:
+        ValueError: an argument is out of range, two exclude each other, or the model's output has another shape.
+        TypeError: the solver has no such option.
+    """
+    _check(noise, guidance, guidance_scale, uncond, clip_sample, threshold)
     if plan is None:
-        plan = make_plan(solver, schedule, steps, prediction=prediction)
-    x = noise * plan.initial_scale
-    xs, ms = [x], []
-    for stage in plan.stages:
-        t = torch.full((len(x),), stage.time, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        m = model(x, t, cond)
-        if guidance_scale != 1.0:
-            u = model(x, t, None)
-            m = ops.linear_update((1 - guidance_scale, guidance_scale), (u, m))
-        ms = [m, *ms[:3]]
-        tensors, coefficients = [], []
-        for (kind, lag), c in stage.terms:
-            tensors.append(torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator) if kind == "n" else (xs if kind == "x" else ms)[lag])
-            coefficients.append(c)
-        x = ops.linear_update(coefficients, tensors)
-        xs = [x, *xs[:3]]
+        if schedule is None:
+            raise ValueError("[sample] schedule: expected a schedule, or a plan, got None")
+        if solver == "adaptive":
+            return _sample_adaptively(
+                model, noise, schedule, prediction, cond, guidance or _plain(guidance_scale, uncond), options
+            )
+        plan = make_plan(solver, schedule, steps, prediction=prediction, **options)
+    form = guidance or _plain(guidance_scale, uncond)
+    with _evaluation_mode(model), progress_bar("sampling", plan.steps, enabled=progress) as report:
+        return _run(model, noise, plan, cond, form, clip_sample, threshold, generator, callback, report)
+
+
+def _run(
+    model: Model,
+    noise: Tensor,
+    plan: Plan,
+    cond: Any,
+    form: Guidance | None,
+    clip_sample: float | None,
+    threshold: float | None,
+    generator: Generators,
+    callback: Callback | None,
+    report: Callable[[int, str], object],
+) -> Tensor:
+    corrected = clip_sample is not None or threshold is not None
+    asked = plan
+    if corrected and plan.prediction != "sample":
+        # The model's output becomes data, is clamped, and serves a plan for predicted data.
+        if ("corrected",) not in plan.cache:
+            plan.cache["corrected",] = plan.with_prediction("sample")
+        plan = plan.cache["corrected",]
+    stages = asked.stages
+    levels = [stage.sigma / stage.alpha if stage.alpha else float("inf") for stage in stages]
+    scales = tuple(1.0 if form is None else form.scale(level) for level in levels)
+    run = program(plan, (1.0,) * len(scales) if corrected else scales)
+    fold = run.folded and not corrected
+    times = time_rows(plan, noise)
+    store: list[Tensor] = [noise if plan.initial_scale == 1.0 else noise * plan.initial_scale]
+    store += [torch.empty_like(noise) for _ in range(run.states - 1)]
+    store += store[:1] * (run.places - run.states)  # outputs, as they come
+    draw = _noise_source(noise, generator) if plan.stochastic else None
+    update_state = ops.linear_update
+    shape = noise.shape
+    keeps = [float(t) for t in plan.times]
+    x = store[0]
+    for i, update in enumerate(run.updates):
+        x, t, scale = store[update.x], times[i], scales[i]
+        if scale == 1.0:
+            m = model(x, t, cond)
+        elif scale is None:
+            m = form.predict(model, x, t, cond, levels[i])  # type: ignore[union-attr]
+        else:
+            m, u = form.pair(model, x, t, cond)  # type: ignore[union-attr]
+            u = u if u.shape == shape else _channels(u, x)
+            if fold:
+                store[update.u] = u
+            else:
+                m = update_state((scale, 1.0 - scale), (m if m.shape == shape else _channels(m, x), u))
+        if m.shape != shape:
+            m = _channels(m, x)
+        if corrected:
+            (a, b), _ = conversion(asked.prediction, stages[i].alpha, stages[i].sigma)
+            m = _clamped(update_state((a, b), (x, m)), clip_sample, threshold)
+        address = m.data_ptr()
+        if address == x.data_ptr():
+            m = m.clone()  # the model gave back its input, which is about to be overwritten
+        for place in update.held:
+            if store[place].data_ptr() == address and address:
+                raise ValueError(
+                    "[sample] model: expected a prediction in memory of its own at every call, got that of an earlier "
+                    "one, which the solver still needs (clone the output of a model that reuses its buffers)"
+                )
+        store[update.m] = m
+        terms = [store[place] for place in update.sources]
+        if update.noise:
+            terms.append(draw())  # type: ignore[misc]
+        x = update_state(update.coefficients, terms, out=store[update.out])
+        if update.step >= 0:
+            if callback is not None:
+                replacement = callback(update.step, keeps[update.step + 1], x, m)
+                if replacement is not None and replacement is not x:
+                    if replacement.shape != shape:
+                        raise ValueError(
+                            f"[sample] callback: expected a tensor of shape {[*shape]}, got {[*replacement.shape]}"
+                        )
+                    x.copy_(replacement)
+            report(update.step + 1, "")
     return x
+
+
+def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
+    """The time of every stage as [B], on the device and in at least float32; one copy to the device for all."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64).to(dtype)
+    return times.to(like.device)[:, None].repeat(1, len(like)).unbind(0)
+
+
+def _plain(scale: float, uncond: Any) -> Guidance | None:
+    return None if scale == 1.0 else CFG(scale, uncond)
+
+
+def _check(
+    noise: Tensor,
+    guidance: Guidance | None,
+    scale: float,
+    uncond: Any,
+    clip_sample: float | None,
+    threshold: float | None,
+) -> None:
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 1:
+        got = f"{noise.dtype} {[*noise.shape]}" if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"[sample] noise: expected a floating-point tensor [B, ...], got {got}")
+    if guidance is not None and (scale != 1.0 or uncond is not None):
+        raise ValueError("[sample] guidance: expected None beside guidance_scale or uncond, got both")
+    if clip_sample is not None and not clip_sample > 0:
+        raise ValueError(f"[sample] clip_sample: expected a number above 0, got {clip_sample!r}")
+    if threshold is not None and not 0 < threshold <= 1:
+        raise ValueError(f"[sample] threshold: expected a number in (0, 1], got {threshold!r}")
+
+
+def _clamped(data: Tensor, clip: float | None, threshold: float | None) -> Tensor:
+    if threshold is not None:
+        flat = data.flatten(1).to(torch.promote_types(data.dtype, torch.float32)).abs()
+        bound = torch.quantile(flat, threshold, dim=1).clamp(min=1.0).to(data.dtype)
+        bound = bound.reshape(-1, *[1] * (data.dim() - 1))
+        data = data.clamp(-bound, bound) / bound
+    return data if clip is None else data.clamp_(-clip, clip)
+
+
+def _noise_source(like: Tensor, generator: Generators) -> Callable[[], Tensor]:
+    """Standard normal noise like the state, drawn on the generator's device and in at least float32."""
+    several = isinstance(generator, Sequence)
+    if several and len(generator) != len(like):  # type: ignore[arg-type]
+        raise ValueError(f"[sample] generator: expected one, or {len(like)}, got {len(generator)}")  # type: ignore[arg-type]
+    first = generator[0] if several else generator  # type: ignore[index]
+    device = like.device if first is None else first.device  # type: ignore[union-attr]
+    drawn = torch.empty(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=device)
+    moved = drawn if drawn.device == like.device else torch.empty_like(drawn, device=like.device)
+
+    def draw() -> Tensor:
+        if several:
+            for one, row in zip(generator, drawn, strict=True):  # type: ignore[arg-type]
+                row.normal_(generator=one)
+        else:
+            drawn.normal_(generator=generator)  # type: ignore[arg-type]
+        return moved if moved is drawn else moved.copy_(drawn)
+
+    return draw
+
+
+@contextmanager
+def _evaluation_mode(model: object) -> Iterator[None]:
+    """A module's parts that train are put into evaluation mode, and these alone back."""
+    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _sample_adaptively(
+    model: Model,
+    noise: Tensor,
+    schedule: Schedule,
+    prediction: str,
+    cond: Any,
+    form: Guidance | None,
+    options: dict[str, Any],
+) -> Tensor:
+    def guided(x: Tensor, t: Tensor, level: float) -> Tensor:
+        scale = 1.0 if form is None else form.scale(level)
+        if scale == 1.0:
+            return _channels(model(x, t, cond), x)
+        if scale is None:
+            return form.predict(model, x, t, cond, level)  # type: ignore[union-attr]
+        pred, other = (_channels(p, x) for p in form.pair(model, x, t, cond))  # type: ignore[union-attr]
+        return ops.linear_update((scale, 1.0 - scale), (pred, other))
+
+    with _evaluation_mode(model):
+        return solve(guided, noise, schedule, prediction=prediction, **options).final

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.samplers import sample_flow_euler
+from fastdiff.samplers import sample, schedules
 
 __all__ = ["RectifiedFlowModel"]
 
@@ -65,27 +65,33 @@ class RectifiedFlowModel(nn.Module):
         t = _per_sample(t, x_0)
         return ops.linear_update((t, 1 - t), (x_1, x_0)), x_1 - x_0
 
-    @torch.no_grad()
     def sample(
-        self, x_0: Tensor, num_steps: int = 1, condition: Tensor | None = None, *, guidance_scale: float = 1.0
+        self,
+        x_0: Tensor,
+        num_steps: int = 1,
+        condition: Tensor | None = None,
+        *,
+        guidance_scale: float = 1.0,
+        solver: str = "euler",
     ) -> Tensor:
-        """Carries noise to data with Euler steps; in evaluation mode, whatever the mode of the model is.
+        """Carries noise to data; in evaluation mode, whatever the mode of the model is, and without gradients.
+
+        It is ``fastdiff.samplers.sample`` on ``schedules.flow()``, which has more options.
 
         Args:
             x_0: [B,...], noise.
-            num_steps: Euler steps, at least 1.
+            num_steps: steps, at least 1; an evaluation each for Euler.
             condition: labels [B] or what the backbone takes.
             guidance_scale: classifier-free guidance; 1 is none, and costs half of any other value.
+            solver: any of ``fastdiff.samplers.SOLVERS``.
 
         Returns:
             [B,...], samples.
         """
-        was_training = self.training
-        self.eval()  # label dropout would replace some of the conditions
-        try:
-            return sample_flow_euler(self.get_velocity, x_0, num_steps, condition, guidance_scale=guidance_scale)
-        finally:
-            self.train(was_training)
+        return sample(
+            self, x_0, solver=solver, schedule=schedules.flow(), steps=num_steps, prediction="flow", cond=condition,
+            guidance_scale=guidance_scale,
+        )  # fmt: skip
 
 
 def _per_sample(t: Tensor | float, x: Tensor) -> Tensor:

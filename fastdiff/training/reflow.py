@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff._progress import progress_bar
 from fastdiff.training._files import DamagedFileError, replacing
-from fastdiff.training._progress import progress_bar
 from fastdiff.training.rectified_flow import RectifiedFlowModel
 from fastdiff.training.trainer import (
     Source,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fastdiff._progress import progress_bar
 from fastdiff.training._files import DamagedFileError, replacing
-from fastdiff.training._progress import progress_bar
 from fastdiff.training.couplings import COUPLINGS, couple
 from fastdiff.training.rectified_flow import RectifiedFlowModel
 

@@ -11,6 +11,7 @@ from fastdiff.samplers.solvers.first_order import ddim, ddpm, euler, euler_ances
 from fastdiff.samplers.solvers.multistep import adams_bashforth, deis, dpmpp_2m, dpmpp_3m, unipc
 from fastdiff.samplers.solvers.runge_kutta import heun, midpoint, rk4
 from fastdiff.samplers.solvers.singlestep import dpmpp_2s, dpmpp_3s
+from fastdiff.samplers.solvers.stochastic import consistency, dpmpp_2m_sde, lcm, restart
 
 __all__ = ["SOLVERS", "Solver", "Stage", "conversion"]
 
@@ -52,6 +53,10 @@ SOLVERS: dict[str, Solver] = {
         Solver("unipc_3", partial(unipc, order=3), 4),
         Solver("deis_2", partial(deis, order=2), 2),
         Solver("deis_3", partial(deis, order=3), 3),
+        Solver("dpmpp_2m_sde", dpmpp_2m_sde, 1, stochastic=True),
+        Solver("lcm", lcm, 1, ("sigma_data", "timestep_scaling"), stochastic=True),
+        Solver("consistency", consistency, 1, stochastic=True),
+        Solver("restart", restart, 2, ("intervals", "rho"), stochastic=True),
         Solver("ab2", partial(adams_bashforth, order=2), 2),
         Solver("ab3", partial(adams_bashforth, order=3), 3),
         Solver("ab4", partial(adams_bashforth, order=4), 4),

@@ -51,7 +51,8 @@ def extrapolate(
         run: says which variable to interpolate in.
         known: the present evaluation first, then others; as many as the order of the method.
         to: where to.
-        form: ``"data"`` integrates D, ``"noise"`` E; ``"auto"``: D towards data, E towards noise.
+        form: ``"data"`` integrates D, ``"noise"`` E; ``"auto"``: D towards data, E towards noise; ``"sde"``: the mean of
+            the reverse SDE in place of the ODE, with D.
         half: in lambda and with two nodes, half the difference in place of the integral of the line, as
             DPM-Solver++ (Algorithms 1 and 2) and UniPC with B_2 (Zhao et al. 2023, arXiv:2302.04867) have it.
         score: outside lambda, integrate alpha E / sigma where sigma < alpha; for methods that evaluate the model at
@@ -61,6 +62,8 @@ def extrapolate(
     now = known[0]
     if form == "auto":
         form = _form(run, now.point, score)
+    elif form == "noise" and score and _form(run, now.point, score) == "score":
+        form = "score"
     points = [e.point for e in known]
     total = _total(points[0], to, form)
     while len(points) > 1 and math.isfinite(total) and total != 0.0:
@@ -72,19 +75,27 @@ def extrapolate(
                 for w, other in zip(weights, known[1:], strict=False):
                     step = step + w * _score(other)
             else:
-                step = run.mix(now, to)
+                step = _constant(run, form, now, to)
                 for w, other in zip(weights, known[1:], strict=False):
-                    step = step + w * (other.data - now.data if form == "data" else other.noise - now.noise)
+                    step = step + w * (other.noise - now.noise if form == "noise" else other.data - now.data)
             break
         points.pop()
     else:
-        step = run.mix(now, to)
+        step = _constant(run, form, now, to)
     return step if base is None else step + _ratio(form, now.point, to) * (base - now.x)
 
 
 def _ratio(form: str, now: Point, to: Point) -> float:
     """What a change of the state at `now` becomes at `to`, with all evaluations as they are."""
     return to.sigma / now.sigma if form == "data" else to.alpha / now.alpha
+
+
+def _constant(run: Run, form: str, now: Evaluation, to: Point) -> Sum:
+    """The step for a D or E that does not change."""
+    if form != "sde":
+        return run.mix(now, to)
+    shrink = now.point.alpha * to.sigma / (now.point.sigma * to.alpha)
+    return (to.sigma / now.point.sigma * shrink) * now.x + _total(now.point, to, form) * now.data
 
 
 def _score(e: Evaluation) -> Sum:
@@ -104,7 +115,7 @@ def radau_point(run: Run, now: Point, to: Point) -> Point:
 
     For short steps it is 2/3 of the way, which is taken in lambda as in DPM-Solver-3.
     """
-    if run.logarithmic and math.isfinite(now.log_snr) and math.isfinite(to.log_snr) or now == to:
+    if (run.logarithmic and math.isfinite(now.log_snr) and math.isfinite(to.log_snr)) or now == to:
         return between(run, now, to, 2 / 3)
     form = _form(run, now, score=True)
     levels, measure, _ = _path(now, to, form)
@@ -132,6 +143,8 @@ def _total(now: Point, to: Point, form: str) -> float:
     """The integral of 1, which is the weight of a constant D or E."""
     if form == "score":
         return to.alpha * ((to.sigma / to.alpha) ** 2 - (now.sigma / now.alpha) ** 2) / 2
+    if form == "sde":
+        return to.alpha * (1 - (now.alpha * to.sigma / (now.sigma * to.alpha)) ** 2)
     if form == "data":
         return to.alpha - to.sigma * now.alpha / now.sigma if now.sigma > 0 else math.nan
     return to.sigma - to.alpha * now.sigma / now.alpha if now.alpha > 0 else math.nan
@@ -185,6 +198,9 @@ def _path(now: Point, to: Point, form: str) -> tuple[Levels, np.ndarray, float]:
     if form == "score":
         w, measure = _quadrature(now.sigma / now.alpha, to.sigma / to.alpha)
         return (np.ones_like(w), w), measure * w, to.alpha
+    if form == "sde":  # x_t = ... + 2 alpha_t int w D dw
+        levels, measure, scale = _path(now, to, "data")
+        return levels, 2 * measure * levels[0] / to.alpha, scale
     first, second = (now.alpha, now.sigma) if form == "data" else (now.sigma, now.alpha)
     first_to, second_to = (to.alpha, to.sigma) if form == "data" else (to.sigma, to.alpha)
     if first * second_to <= first_to * second:  # the ratio grows

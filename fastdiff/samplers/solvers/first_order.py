@@ -36,7 +36,14 @@ def euler(run: Run) -> tuple[Stage, ...]:
     d(x / alpha) / d(sigma / alpha) is the predicted noise, so the step is alpha data + sigma noise at the new level; for
     a flow, x + dt (data - noise).
     """
-    return ddim(run)
+    if run.schedule.kind != "flow":
+        return ddim(run)
+    x = run.start
+    for now, to in zip(run.points[:-1], run.points[1:], strict=True):
+        e = run.evaluate(x, now)
+        x = e.x + (to.t - now.t) * run.slope(e)
+        run.completed()
+    return run.finish(x)
 
 
 def euler_ancestral(run: Run, eta: float = 1.0) -> tuple[Stage, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdiff.samplers.solvers._exponential import extrapolate
+from fastdiff.samplers.solvers._exponential import LIMIT, extrapolate
 from fastdiff.samplers.solvers._run import Evaluation, Run, Stage, Sum
 from fastdiff.samplers.solvers.runge_kutta import rk4_step
 from fastdiff.samplers.solvers.singlestep import two_stage
@@ -78,18 +78,25 @@ def adams_bashforth(run: Run, order: int = 2) -> tuple[Stage, ...]:
             x = rk4_step(run, now, to)
         else:
             x = now.x
-            for weight, slope in zip(_adams_weights(times, to.t), slopes, strict=True):
+            for weight, slope in zip(_adams_weights(times, to.t), slopes, strict=False):
                 x = x + weight * slope
         run.completed()
     return run.finish(x)
 
 
 def _adams_weights(times: list[float], to: float) -> list[float]:
-    """Integrals from times[0] to `to` of the Lagrange polynomials on `times`."""
+    """Integrals from times[0] to `to` of the Lagrange polynomials on `times`, or on fewer where they would be large."""
     h = to - times[0]
-    nodes = (np.array(times) - times[0]) / h if h else np.arange(len(times), 0.0, -1.0)
-    moments = 1 / np.arange(1.0, len(times) + 1)
-    return [float(w) for w in h * np.linalg.solve(np.vander(nodes, increasing=True).T, moments)]
+    if h == 0.0:
+        return [0.0]
+    nodes = (np.array(times) - times[0]) / h
+    for count in range(len(times), 1, -1):
+        if np.diff(nodes[:count]).all():
+            moments = 1 / np.arange(1.0, count + 1)
+            weights = np.linalg.solve(np.vander(nodes[:count], increasing=True).T, moments)
+            if np.abs(weights).sum() <= LIMIT:
+                return [float(h * w) for w in weights]
+    return [h]
 
 
 def _multistep(run: Run, order: int, form: str) -> tuple[Stage, ...]:
@@ -101,6 +108,6 @@ def _multistep(run: Run, order: int, form: str) -> tuple[Stage, ...]:
             x, middle = two_stage(run, known[0], to)
             known.append(middle)
         else:
-            x = extrapolate(run, known, to, form=form, half=True)
+            x = extrapolate(run, known, to, form=form, half=True, score=form == "noise")
         run.completed()
     return run.finish(x)

@@ -14,33 +14,33 @@ from fastdiff.samplers.solvers._exponential import extrapolate
 from fastdiff.samplers.solvers._run import Evaluation, Point, Run, Stage, Sum
 from fastdiff.samplers.solvers.singlestep import two_stage
 
-__all__ = ["heun", "midpoint", "rk4", "rk4_step"]
+__all__ = ["heun", "heun_step", "midpoint", "rk4", "rk4_step"]
 
 
 def heun(run: Run) -> tuple[Stage, ...]:
     """Heun's method: Karras et al. 2022, Algorithm 1."""
+    return _one_step(run, 2, heun_step)
 
-    def step(now: Evaluation, to: Point) -> Sum:
-        h, k_1 = to.t - now.point.t, run.slope(now)
-        k_2 = run.slope(run.evaluate(now.x + h * k_1, to))
-        return now.x + h / 2 * (k_1 + k_2)
 
-    return _one_step(run, 2, step)
+def heun_step(run: Run, now: Evaluation, to: Point) -> Sum:
+    h, k_1 = to.t - now.point.t, run.slope(now)
+    k_2 = run.slope(run.evaluate(now.x + h * k_1, to))
+    return now.x + h / 2 * (k_1 + k_2)
 
 
 def midpoint(run: Run) -> tuple[Stage, ...]:
     """The explicit midpoint rule."""
+    return _one_step(run, 2, midpoint_step)
 
-    def step(now: Evaluation, to: Point) -> Sum:
-        h, half = to.t - now.point.t, run.at((now.point.t + to.t) / 2)
-        return now.x + h * run.slope(run.evaluate(now.x + h / 2 * run.slope(now), half))
 
-    return _one_step(run, 2, step)
+def midpoint_step(run: Run, now: Evaluation, to: Point) -> Sum:
+    h, half = to.t - now.point.t, run.at((now.point.t + to.t) / 2)
+    return now.x + h * run.slope(run.evaluate(now.x + h / 2 * run.slope(now), half))
 
 
 def rk4(run: Run) -> tuple[Stage, ...]:
     """The classical method of fourth order (Kutta, 1901)."""
-    return _one_step(run, 4, lambda now, to: rk4_step(run, now, to))
+    return _one_step(run, 4, rk4_step)
 
 
 def rk4_step(run: Run, now: Evaluation, to: Point) -> Sum:
@@ -52,7 +52,7 @@ def rk4_step(run: Run, now: Evaluation, to: Point) -> Sum:
     return now.x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
 
 
-def _one_step(run: Run, order: int, step: Callable[[Evaluation, Point], Sum]) -> tuple[Stage, ...]:
+def _one_step(run: Run, order: int, step: Callable[[Run, Evaluation, Point], Sum]) -> tuple[Stage, ...]:
     known: list[Evaluation] = []
     x = run.start
     for now, to in zip(run.points[:-1], run.points[1:], strict=True):
@@ -62,6 +62,6 @@ def _one_step(run: Run, order: int, step: Callable[[Evaluation, Point], Sum]) ->
         elif run.schedule.kind == "vp" and now.sigma == 0.0:  # an inversion; sigma' is infinite
             x, _ = two_stage(run, known[0], to)
         else:
-            x = step(known[0], to)
+            x = step(run, known[0], to)
         run.completed()
     return run.finish(x)
