@@ -67,12 +67,12 @@ def call(layer: torch.nn.Module, x: torch.Tensor, *, gelu: bool = False) -> torc
     return activate(y) if gelu else y
 
 
-def is_plain(layer: torch.nn.Module) -> bool:
-    """A linear layer that nobody watches or has changed: its product may be made without calling it."""
+def is_plain(layer: torch.nn.Module, kind: type = torch.nn.Linear) -> bool:
+    """A layer of just this kind that nobody watches or has changed: its product may be made without calling it."""
     every = torch.nn.modules.module
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        type(layer) is torch.nn.Linear
+        type(layer) is kind
         and "forward" not in vars(layer)
         and not any(getattr(layer, name) or getattr(every, f"_global{name}") for name in hooks)
     )

@@ -1,44 +1,11 @@
-"""Files that are whole or absent: everything is written under a temporary name and renamed."""
+"""Files of a run: whole or absent, and an error of their own when they are neither."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from fastdiff._files import partial_path, replacing
 
 __all__ = ["DamagedFileError", "partial_path", "replacing"]
 
 
 class DamagedFileError(ValueError):
     """A file that a run wrote can no longer be read: cut short, overwritten, or never one of ours."""
-
-
-def partial_path(path: Path) -> Path:
-    """The temporary name, with the same suffix, under which ``path`` is written."""
-    return path.with_name(f".{path.stem}.partial{path.suffix}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` (with the same suffix) and renames it to ``path`` on success.
-
-    A process killed at any moment leaves either the old file or the new one under ``path``, never a part.
-    """
-    temporary = partial_path(path)
-    try:
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())  # or a power cut could keep the rename and lose the content
-        # Some writers (safetensors) make files that only their owner may read; this is an ordinary result.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
