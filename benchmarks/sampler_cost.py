@@ -1,7 +1,7 @@
 """What sampling costs besides the model, and what modulation tables save: fastdiff beside diffusers, interleaved.
 
     python -m benchmarks.sampler_cost                    every solver on (1, 4, 64, 64) float32, with its diffusers twin
-    python -m benchmarks.sampler_cost --pipeline         DiT-S/2, 20 guided steps: modulation tables, diffusers' pipeline
+    python -m benchmarks.sampler_cost --pipeline         DiT-S/2, 20 guided steps: modulation tables and diffusers
 
 The model returns a tensor that lies ready, so a loop's time is that of the sampler. fastdiff: ``sample`` with a plan
 made before; diffusers: the public loop (``scale_model_input``, model, ``step``), less ``set_timesteps``, which it

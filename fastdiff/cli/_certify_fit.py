@@ -13,8 +13,8 @@ FIRST, ENOUGH, LAST = 20, 320, 1280
 METHOD = (
     f"Order: least-squares slope of log(error) against log(NFE) over the last {_POINTS} runs. NFE doubles from "
     f"{FIRST} to {ENOUGH}, and on to at most {LAST} until the slopes of the last two doublings agree within "
-    f"{_SETTLED}; runs from the first whose error is below the rounding floor on are left out. Error: the largest over all points "
-    "of all targets."
+    f"{_SETTLED}; runs from the first whose error is below the rounding floor on are left out. Error: the largest over "
+    "all points of all targets."
 )
 
 
