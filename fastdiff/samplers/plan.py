@@ -9,7 +9,7 @@ noise with known coefficients. It is immutable, holds no tensors of the run, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,12 @@ class Plan:
     @property
     def forward(self) -> bool:
         """The run goes from noise to data."""
-        return _falls(self.schedule, self.times)
+        return self._kept("forward", lambda: _falls(self.schedule, self.times))
 
     @property
     def stochastic(self) -> bool:
         """The run draws noise."""
-        return any(kind == "n" for stage in self.stages for (kind, _), _ in stage.terms)
+        return self._kept("stochastic", lambda: any(k == "n" for stage in self.stages for (k, _), _ in stage.terms))
 
     @property
     def initial_scale(self) -> float:
@@ -77,7 +77,13 @@ class Plan:
         """
         if not self.forward or self.schedule.kind == "vp":
             return 1.0
-        return self.schedule.sigma(float(self.times[0]))
+        return self._kept("initial scale", lambda: self.schedule.sigma(float(self.times[0])))
+
+    def _kept(self, name: str, find: Callable[[], Any]) -> Any:
+        """Found at the first run, kept for the others."""
+        if name not in self.cache:
+            self.cache[name] = find()
+        return self.cache[name]
 
     def reversed(self) -> Plan:
         """The same solver from the last time to the first: an inversion, from data to noise (and back again).

@@ -117,8 +117,11 @@ def _run(
             plan.cache["corrected",] = plan.with_prediction("sample")
         plan = plan.cache["corrected",]
     stages = asked.stages
-    levels = [stage.sigma / stage.alpha if stage.alpha else float("inf") for stage in stages]
-    scales = tuple(1.0 if form is None else form.scale(level) for level in levels)
+    levels: list[float] = []
+    scales: tuple[float | None, ...] = (1.0,) * len(stages)
+    if form is not None:
+        levels = [stage.sigma / stage.alpha if stage.alpha else float("inf") for stage in stages]
+        scales = tuple(form.scale(level) for level in levels)
     run = program(plan, (1.0,) * len(scales) if corrected else scales)
     fold = run.folded and not corrected
     times = time_rows(plan, noise)
@@ -128,7 +131,7 @@ def _run(
     draw = _noise_source(noise, generator) if plan.stochastic else None
     update_state = ops.linear_update
     shape = noise.shape
-    keeps = [float(t) for t in plan.times]
+    reached = [] if callback is None else plan.times.tolist()
     x = store[0]
     for i, update in enumerate(run.updates):
         x, t, scale = store[update.x], times[i], scales[i]
@@ -164,7 +167,7 @@ def _run(
         x = update_state(update.coefficients, terms, out=store[update.out])
         if update.step >= 0:
             if callback is not None:
-                replacement = callback(update.step, keeps[update.step + 1], x, m)
+                replacement = callback(update.step, reached[update.step + 1], x, m)
                 if replacement is not None and replacement is not x:
                     if replacement.shape != shape:
                         raise ValueError(
