@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from fastdiff.samplers import guidance, schedules
 from fastdiff.samplers.adaptive import Trajectory, solve
+from fastdiff.samplers.graph import GraphedRun
 from fastdiff.samplers.likelihood import Likelihood, log_likelihood
 from fastdiff.samplers.plan import Plan, make_plan
 from fastdiff.samplers.sample import sample
@@ -21,6 +22,7 @@ from fastdiff.samplers.solvers import SOLVERS, Solver
 
 __all__ = [
     "SOLVERS",
+    "GraphedRun",
     "Likelihood",
     "Plan",
     "Solver",

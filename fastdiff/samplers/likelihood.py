@@ -69,7 +69,8 @@ def log_likelihood(
         schedule: from ``fastdiff.samplers.schedules``.
         prediction: what the model predicts.
         cond: given to the model.
-        trace: ``"hutchinson"``: an unbiased estimate from `probes` random signs a sample, the same along the whole path.
+        trace: ``"hutchinson"``: an unbiased estimate from `probes` vectors of random signs, the same all the
+            way.
             ``"exact"``: as many products as dimensions.
         probes: number of them, at least 1.
         rtol: relative tolerance of the solver, for the state and the logarithm.

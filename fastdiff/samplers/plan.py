@@ -20,10 +20,29 @@ from fastdiff.samplers.schedules import Schedule
 from fastdiff.samplers.solvers import SOLVERS, Stage
 from fastdiff.samplers.solvers._run import Point, Run
 
-__all__ = ["PREDICTIONS", "Plan", "make_plan"]
+__all__ = ["PREDICTIONS", "Plan", "Tables", "make_plan"]
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
 DEEPEST = 1e3  # sigma / alpha (or its inverse) at which a prediction that says nothing at the very end is first asked
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """A plan as tensors.
+
+    A stage's next state is ``linear_update(coefficients[i], terms)`` or, with a counter on the device that a CUDA graph
+    of one stage advances, ``linear_update(coefficients, terms, step=counter)``.
+
+    Attributes:
+        times: [nfe] float64, what the model is given.
+        terms: for each column of `coefficients` what it multiplies: ("x", lag) a state and ("m", lag) a prediction,
+            this stage's for lag 0, or ("n", 0) fresh noise.
+        coefficients: [nfe, len(terms)] float64.
+    """
+
+    times: Tensor
+    terms: tuple[tuple[str, int], ...]
+    coefficients: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +90,7 @@ class Plan:
 
     @property
     def initial_scale(self) -> float:
-        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion, which starts at data.
+        """The factor that makes standard normal noise a state at ``times[0]``; 1 for an inversion.
 
         sigma there for EDM and flows; 1 for VP schedules, whose states have unit variance.
         """
@@ -84,6 +103,16 @@ class Plan:
         if name not in self.cache:
             self.cache[name] = find()
         return self.cache[name]
+
+    def tables(self, device: torch.device | str = "cpu") -> Tables:
+        """The plan as tensors, for a loop of one's own: see :class:`Tables`."""
+        keys = sorted({key for stage in self.stages for key, _ in stage.terms}, key=lambda k: ("xmn".index(k[0]), k[1]))
+        coefficients = torch.zeros(self.nfe, len(keys), dtype=torch.float64)
+        for row, stage in zip(coefficients, self.stages, strict=True):
+            for key, c in stage.terms:
+                row[keys.index(key)] = c
+        times = torch.tensor([stage.time for stage in self.stages], dtype=torch.float64)
+        return Tables(times.to(device), tuple(keys), coefficients.to(device))
 
     def reversed(self) -> Plan:
         """The same solver from the last time to the first: an inversion, from data to noise (and back again).
@@ -129,8 +158,8 @@ def make_plan(
         times: [N + 1] times of one's own, in place of ``schedule.times(steps)``; noise falling all the way (or, for
             an inversion, rising).
         interpolation: the variable of multistep and singlestep solvers. ``"lambda"``: log(alpha / sigma), as in
-            their papers. ``"bounded"``: one that stays smooth up to data and noise, which keeps their order on times that
-            are not even in lambda. ``"auto"``: lambda on Karras and EDM times, bounded on others.
+            their papers. ``"bounded"``: one that stays smooth up to data and noise, which keeps their order on
+            times that are not even in lambda. ``"auto"``: lambda on Karras and EDM times, bounded on others.
         **options: the solver's, e.g. ``eta`` of DDIM.
 
     Raises:

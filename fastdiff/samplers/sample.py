@@ -63,16 +63,19 @@ def sample(
         plan: from :func:`make_plan`; replaces solver, schedule, steps, prediction and options.
         prediction: what the model predicts: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``.
         cond: given to the model.
-        uncond: given to the model in place of `cond` for the other prediction of guidance: None or a negative condition.
+        uncond: given to the model in place of `cond` for the other prediction of guidance: None, or a negative
+            condition.
         guidance_scale: ``other + guidance_scale (pred - other)``; at 1 the other prediction is not asked for.
         guidance: another form of guidance, from ``fastdiff.samplers.guidance``; not with the two before.
         clip_sample: clamp predicted data to [-clip_sample, clip_sample] at every evaluation; the noise is then the one
             that belongs to the clamped data.
         threshold: dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, §2.3): clamp predicted data to its own
             quantile of this order, e.g. 0.995, where that is above 1, and divide by it.
-        generator: for solvers that draw noise: one, or one for each sample, which makes a sample independent of its batch.
-        callback: ``callback(i, t, x, pred)`` after step i (from 0), with t the time reached, x the new state and pred the
-            last prediction (the conditional one under plain guidance). What it returns, if not None, replaces x.
+        generator: for solvers that draw noise: one, or one for each sample, which makes a sample
+            independent of its batch.
+        callback: ``callback(i, t, x, pred)`` after step i (from 0), with t the time reached, x the new state and
+            pred the last prediction (the conditional one under plain guidance). What it returns replaces x, if not
+            None.
         progress: show a bar.
         **options: of :func:`make_plan`.
 
@@ -179,10 +182,14 @@ def _run(
 
 
 def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
-    """The time of every stage as [B], on the device and in at least float32; one copy to the device for all."""
+    """The time of every stage as [B], on the device and in at least float32; kept with the plan, so that only its first run copies."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    times = torch.tensor([stage.time for stage in plan.stages], dtype=torch.float64).to(dtype)
-    return times.to(like.device)[:, None].repeat(1, len(like)).unbind(0)
+    key = ("times", dtype, like.device, len(like))
+    if key not in plan.cache:
+        times = plan.tables().times.to(dtype).to(like.device)
+        plan.cache[key] = times[:, None].repeat(1, len(like)).unbind(0)
+    rows: Sequence[Tensor] = plan.cache[key]
+    return rows
 
 
 def _plain(scale: float, uncond: Any) -> Guidance | None:

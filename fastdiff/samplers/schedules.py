@@ -20,11 +20,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.samplers._vp import (
+    Function,
+    beta_values,
+    bounded,
+    cosine_log_alpha,
+    log_alpha_of,
+    namespace,
+    require,
+    time_of,
+)
+
 __all__ = ["Schedule", "edm", "flow", "from_times", "vp"]
 
 Time = TypeVar("Time", float, Tensor)
 SPACINGS = ("linspace", "trailing", "leading", "karras")
-_DEGREE = 24  # of the polynomial through log alpha_bar; its last coefficients are below 1e-16
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +75,11 @@ class Schedule:
         return _apply(self._rates, t, 0)
 
     def sigma_rate(self, t: Time) -> Time:
-        """d sigma / dt; infinite or not a number where sigma has a vertical tangent, at the data end of a VP schedule."""
+        """d sigma / dt; not finite where sigma has a vertical tangent, at the data end of a VP schedule."""
         return _apply(self._rates, t, 1)
 
     def log_snr(self, t: Time) -> Time:
-        """lambda = log(alpha / sigma), the half log signal-to-noise ratio (infinite at an end without data or noise)."""
+        """lambda = log(alpha / sigma), infinite at an end without data or noise."""
         if isinstance(t, Tensor):
             return self.alpha(t).log() - self.sigma(t).log()
         alpha, sigma = self._levels(float(t))
@@ -139,27 +149,29 @@ def vp(
     Raises:
         ValueError: an option is not one of these, or out of range.
     """
-    _require("vp", num_train_timesteps >= 2, "num_train_timesteps", "at least 2", num_train_timesteps)
-    _require("vp", spacing in SPACINGS, "spacing", f"one of {SPACINGS}", spacing)
-    _require("vp", final in ("zero", "min"), "final", "'zero' or 'min'", final)
+    require("vp", num_train_timesteps >= 2, "num_train_timesteps", "at least 2", num_train_timesteps)
+    require("vp", spacing in SPACINGS, "spacing", f"one of {SPACINGS}", spacing)
+    require("vp", final in ("zero", "min"), "final", "'zero' or 'min'", final)
     T = num_train_timesteps
     name = betas if isinstance(betas, str) else "given"
     start = float(T - 1)
     if name == "cosine":
-        log_alpha, log_alpha_rate, start = _cosine_log_alpha(T)
+        log_alpha, log_alpha_rate, start = cosine_log_alpha(T)
     else:
-        log_alpha, log_alpha_rate = _log_alpha(_betas(betas, T, beta_start, beta_end), smooth=isinstance(betas, str))
+        log_alpha, log_alpha_rate = log_alpha_of(
+            beta_values(betas, T, beta_start, beta_end), smooth=isinstance(betas, str)
+        )
     end = -1.0
     lost, factor = 0.0, 1.0  # alpha = (exp(log alpha) - lost) factor
     if zero_terminal_snr:
         lost, first = math.exp(log_alpha(start)), math.exp(log_alpha(0.0))
         factor = first / (first - lost)
         # The rescaled alpha reaches 1 a little before t = -1.
-        end = float(_time_of(log_alpha, log_alpha_rate, np.log(1 / factor + lost), -1.0, 0.0))
+        end = float(time_of(log_alpha, log_alpha_rate, np.log(1 / factor + lost), -1.0, 0.0))
 
     def levels(t: Any) -> tuple[Any, Any]:
-        xp = _namespace(t)
-        log = log_alpha(xp.clip(t, -1.0, start))
+        xp = namespace(t)
+        log = log_alpha(bounded(t, -1.0, start))
         if not zero_terminal_snr:
             return xp.exp(log), xp.sqrt(xp.clip(-xp.expm1(2 * log), 0.0, 1.0))
         alpha = xp.clip((xp.exp(log) - lost) * factor * (t < start), 0.0, 1.0)
@@ -175,7 +187,7 @@ def vp(
     def time_at(ratio: Any) -> Any:
         with np.errstate(divide="ignore"):
             log = np.log(1 / np.hypot(1.0, ratio) / factor + lost)
-        return _time_of(log_alpha, log_alpha_rate, log, end, start)
+        return time_of(log_alpha, log_alpha_rate, log, end, start)
 
     def grid(steps: int) -> np.ndarray:
         if spacing == "karras":
@@ -212,9 +224,9 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, 
     Raises:
         ValueError: an option is out of range.
     """
-    _require("edm", 0 < sigma_min < sigma_max < math.inf, "sigma_min", f"in (0, sigma_max={sigma_max})", sigma_min)
-    _require("edm", rho > 0, "rho", "above 0", rho)
-    _require("edm", final in ("zero", "min"), "final", "'zero' or 'min'", final)
+    require("edm", 0 < sigma_min < sigma_max < math.inf, "sigma_min", f"in (0, sigma_max={sigma_max})", sigma_min)
+    require("edm", rho > 0, "rho", "above 0", rho)
+    require("edm", final in ("zero", "min"), "final", "'zero' or 'min'", final)
 
     def levels(t: Any) -> tuple[Any, Any]:
         return 0 * t + 1, t
@@ -241,7 +253,7 @@ def flow(shift: float = 1.0) -> Schedule:
     Raises:
         ValueError: the shift is not above 0.
     """
-    _require("flow", shift > 0, "shift", "above 0", shift)
+    require("flow", shift > 0, "shift", "above 0", shift)
 
     def levels(t: Any) -> tuple[Any, Any]:
         return t, 1 - t
@@ -272,10 +284,10 @@ def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
         ValueError: fewer than two times, or noise that does not fall.
     """
     points = torch.as_tensor(times, dtype=torch.float64).cpu().flatten()
-    _require("from_times", len(points) >= 2, "times", "at least two", len(points))
+    require("from_times", len(points) >= 2, "times", "at least two", len(points))
     alpha, sigma = schedule.alpha(points), schedule.sigma(points)
     angle = torch.atan2(sigma, alpha)
-    _require("from_times", bool((angle.diff() < 0).all()), "times", "sigma / alpha to fall", points.tolist())
+    require("from_times", bool((angle.diff() < 0).all()), "times", "sigma / alpha to fall", points.tolist())
     log = torch.where((alpha > 0) & (sigma > 0), sigma.log() - alpha.log(), torch.nan)
 
     def grid(steps: int) -> np.ndarray:
@@ -295,128 +307,6 @@ def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
         name, schedule.kind, float(points[0]), schedule.end, schedule.last, False, schedule._levels,
         schedule._rates, schedule._time_at, grid,
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------------- VP levels
-
-
-def _betas(betas: str | Sequence[float] | Tensor, T: int, first: float | None, last: float | None) -> np.ndarray:
-    if not isinstance(betas, str):
-        values = torch.as_tensor(betas, dtype=torch.float64).cpu().numpy()
-        _require("vp", values.shape == (T,), "betas", f"num_train_timesteps={T} values", values.shape)
-        _require("vp", bool(((values > 0) & (values < 1)).all()), "betas", "values in (0, 1)", values)
-        return values
-    if betas == "linear":
-        return np.linspace(1e-4 if first is None else first, 0.02 if last is None else last, T)
-    if betas == "scaled_linear":
-        low, high = 8.5e-4 if first is None else first, 0.012 if last is None else last
-        return np.linspace(low**0.5, high**0.5, T) ** 2
-    raise ValueError(f"[vp] betas: expected 'linear', 'scaled_linear', 'cosine' or numbers, got {betas!r}")
-
-
-Function = Callable[[Any], Any]  # of a float, an array or a tensor
-
-
-def _log_alpha(betas: np.ndarray, *, smooth: bool) -> tuple[Function, Function]:
-    """log alpha(t) and its derivative, through the sums of log(1 - beta) / 2 at t = 0..T-1 and 0 at t = -1."""
-    T = len(betas)
-    values = 0.5 * np.cumsum(np.log1p(-betas))
-    if smooth:
-        # log alpha = (t + 1) g(t): zero at -1 exactly. g is a polynomial in z, t scaled to [-1, 1].
-        scale = T / 2
-        knots = np.arange(T, dtype=np.float64) + 1
-        series = np.polynomial.chebyshev.chebfit(knots / scale - 1, values / knots, min(_DEGREE, T - 1))
-        small = np.abs(series) > 1e-18
-        g = series[: int(small.nonzero()[0][-1]) + 1].tolist()
-        rate = (np.polynomial.chebyshev.chebder(g) / scale).tolist()
-
-        def value(t: Any) -> Any:
-            return (t + 1) * _chebyshev(g, (t + 1) / scale - 1)
-
-        def derivative(t: Any) -> Any:
-            z = (t + 1) / scale - 1
-            return _chebyshev(g, z) + (t + 1) * _chebyshev(rate, z)
-
-        return value, derivative
-    # A cubic spline, natural at both ends, on t = -1..T-1.
-    points = np.append(0.0, values)
-    second = np.zeros(T + 1)
-    matrix = np.diag(np.full(T - 1, 4.0)) + np.diag(np.ones(T - 2), 1) + np.diag(np.ones(T - 2), -1)
-    second[1:-1] = np.linalg.solve(matrix, 6 * np.diff(points, 2))
-    slope = np.diff(points) - (2 * second[:-1] + second[1:]) / 6
-    array = np.stack([points[:-1], slope, second[:-1] / 2, np.diff(second) / 6])
-    tensor = torch.from_numpy(array)
-
-    def piece(t: Any) -> tuple[Any, Any]:
-        if isinstance(t, Tensor):
-            index = (t + 1).floor().clamp(0, T - 1).long()
-            return tensor.to(t.device)[:, index], t + 1 - index
-        index = np.clip(np.floor(t + 1), 0, T - 1).astype(np.int64)
-        return array[:, index], t + 1 - index
-
-    def spline(t: Any) -> Any:
-        (c0, c1, c2, c3), u = piece(t)
-        return c0 + u * (c1 + u * (c2 + u * c3))
-
-    def spline_rate(t: Any) -> Any:
-        (_, c1, c2, c3), u = piece(t)
-        return c1 + u * (2 * c2 + 3 * u * c3)
-
-    return spline, spline_rate
-
-
-def _chebyshev(series: list[float], z: Any) -> Any:
-    """Clenshaw's recurrence."""
-    b1 = b2 = 0.0 * z
-    for c in series[:0:-1]:
-        b1, b2 = c + 2 * z * b1 - b2, b1
-    return series[0] + z * b1 - b2
-
-
-def _cosine_log_alpha(T: int) -> tuple[Function, Function, float]:
-    """log cos(phi) / cos(phi_0), its derivative, and the time at which it reaches what the last beta, cut to 0.999,
-    leaves: 0.03 before T - 1 for T = 1000, because the cut makes the last alpha_bar a little larger than the formula."""
-    offset, unit = 0.008, math.pi / 2 / 1.008
-    first = math.log(math.cos(offset * unit))
-
-    def angle(t: Any) -> Any:
-        return ((t + 1) / T + offset) * unit
-
-    def value(t: Any) -> Any:
-        xp = _namespace(t)
-        return xp.log(xp.cos(angle(t))) - first
-
-    def derivative(t: Any) -> Any:
-        return -_namespace(t).tan(angle(t)) * unit / T
-
-    start = (math.acos(math.cos(angle(T - 2.0)) * math.sqrt(1e-3)) / unit - offset) * T - 1
-    return value, derivative, start
-
-
-def _time_of(function: Function, rate: Function, value: Any, low: float, high: float) -> Any:
-    """The time in [low, high] at which a falling function takes a value; the nearer end beyond its range."""
-    t = np.zeros_like(value) + (low + high) / 2
-    a, b = np.full_like(t, low), np.full_like(t, high)
-    with np.errstate(invalid="ignore"):
-        for _ in range(60):  # Newton's, or halving where it leaves the bracket
-            excess = function(t) - value
-            a, b = np.where(excess >= 0, t, a), np.where(excess <= 0, t, b)
-            new = t - excess / rate(t)
-            new = np.where((new > a) & (new < b), new, (a + b) / 2)
-            done = np.all(np.abs(new - t) <= 1e-15 * (high - low))
-            t = new
-            if done:
-                break
-    t = np.where(value >= function(low), low, np.where(value <= function(high), high, t))
-    return t if t.ndim else float(t)
-
-
-def _apply(function: Callable[[Any], tuple[Any, Any]], t: Any, which: int) -> Any:
-    return function(t.double())[which] if isinstance(t, Tensor) else float(function(float(t))[which])
-
-
-def _namespace(t: Any) -> Any:
-    return torch if isinstance(t, Tensor) else np
 
 
 def _karras(
@@ -440,6 +330,5 @@ def _karras(
     return np.append(times, zero) if final == "zero" else times
 
 
-def _require(function: str, ok: bool, argument: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"[{function}] {argument}: expected {expected}, got {got!r}")
+def _apply(function: Callable[[Any], tuple[Any, Any]], t: Any, which: int) -> Any:
+    return function(t.double())[which] if isinstance(t, Tensor) else float(function(float(t))[which])

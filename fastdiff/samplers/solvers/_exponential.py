@@ -6,8 +6,8 @@ arXiv:2211.01095, eq. 8; DPM-Solver, arXiv:2206.00927, eq. 3.4)
     x_t = sigma_t / sigma_s x_s + sigma_t int_s^t D d(alpha / sigma)
         = alpha_t / alpha_s x_s + alpha_t int_s^t E d(sigma / alpha)
 
-For constant D or E this is DDIM's step, alpha_t D_s + sigma_t E_s, which is finite at both ends. :func:`extrapolate` adds
-the rest: D - D_s (or E - E_s) replaced by the polynomial through known values and integrated, with a polynomial in
+For constant D or E this is DDIM's step, alpha_t D_s + sigma_t E_s, finite at both ends. :func:`extrapolate` adds the
+rest: D - D_s (or E - E_s) replaced by the polynomial through known values and integrated, with a polynomial in
 
 - lambda = log(alpha / sigma), as in the papers, where the times of the run are even in it; or
 - a *bounded* variable in which the ODE's solution is smooth up to both ends. In lambda it is not: towards data D
@@ -51,8 +51,8 @@ def extrapolate(
         run: says which variable to interpolate in.
         known: the present evaluation first, then others; as many as the order of the method.
         to: where to.
-        form: ``"data"`` integrates D, ``"noise"`` E; ``"auto"``: D towards data, E towards noise; ``"sde"``: the mean of
-            the reverse SDE in place of the ODE, with D.
+        form: ``"data"`` integrates D, ``"noise"`` E; ``"auto"``: D towards data, E towards noise; ``"sde"``: the
+            mean of the reverse SDE in place of the ODE, with D.
         half: in lambda and with two nodes, half the difference in place of the integral of the line, as
             DPM-Solver++ (Algorithms 1 and 2) and UniPC with B_2 (Zhao et al. 2023, arXiv:2302.04867) have it.
         score: outside lambda, integrate alpha E / sigma where sigma < alpha; for methods that evaluate the model at
@@ -190,7 +190,7 @@ def _noise_variable(levels: Levels) -> np.ndarray:
 
 
 def _path(now: Point, to: Point, form: str) -> tuple[Levels, np.ndarray, float]:
-    """Levels along the way from `now` to `to` (alpha and sigma up to a common factor), quadrature weights, and a factor.
+    """Levels along the way from `now` to `to` (up to a common factor), quadrature weights, and a factor.
 
     The variable of integration is alpha / sigma for D and sigma / alpha for E, divided by its value at the end where
     that may be infinite: alpha_t int_{w_s}^1 D dw with w = (alpha / sigma) / (alpha_t / sigma_t).

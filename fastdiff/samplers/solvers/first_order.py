@@ -33,8 +33,8 @@ def ddpm(run: Run) -> tuple[Stage, ...]:
 def euler(run: Run) -> tuple[Stage, ...]:
     """Karras et al. 2022 (arXiv:2206.00364), Algorithm 1 without its correction: x / alpha against sigma / alpha.
 
-    d(x / alpha) / d(sigma / alpha) is the predicted noise, so the step is alpha data + sigma noise at the new level; for
-    a flow, x + dt (data - noise).
+    d(x / alpha) / d(sigma / alpha) is the predicted noise, so the step is alpha data + sigma noise at the new level;
+    for a flow, x + dt (data - noise).
     """
     if run.schedule.kind != "flow":
         return ddim(run)
@@ -47,9 +47,9 @@ def euler(run: Run) -> tuple[Stage, ...]:
 
 
 def euler_ancestral(run: Run, eta: float = 1.0) -> tuple[Stage, ...]:
-    """Euler to a lower level sigma_down and fresh noise sigma_up, as in k-diffusion, on x / alpha against sigma / alpha.
+    """Euler to a lower level s_down and fresh noise s_up, as in k-diffusion, on x / alpha against s = sigma / alpha.
 
-    With s = sigma / alpha: s_up^2 = s_t^2 (s^2 - s_t^2) / s^2 (times eta^2), s_down^2 = s_t^2 - s_up^2. For flows the
+    s_up^2 = s_t^2 (s^2 - s_t^2) / s^2 (times eta^2), s_down^2 = s_t^2 - s_up^2. For flows the
     split is made at the same signal-to-noise ratio.
     """
     return ddim(run, eta=eta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -108,6 +109,6 @@ def _lift(run: Run, x: Sum, low: Point, least: float, most: float, times: int, s
     reached = high.sigma / high.alpha
     for _ in range(times):
         x = high.alpha / low.alpha * x + high.alpha * math.sqrt(max(reached**2 - least**2, 0.0)) * run.noise()
-        for now, to in zip(points[:-1], points[1:], strict=True):
+        for now, to in pairwise(points):
             x = heun_step(run, run.evaluate(x, now), to)
     return x
