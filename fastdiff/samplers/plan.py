@@ -186,7 +186,11 @@ def make_plan(
         expected = "[steps + 1], steps at least 1" if steps is None else f"[{steps + 1}]"
         raise ValueError(f"[make_plan] times: expected shape {expected}, got {list(times.shape)}")
     forward = _falls(schedule, times)
-    times[0] = _first_time(schedule, float(times[0]), prediction)
+    first = _first_time(schedule, float(times[0]), prediction)
+    if first != float(times[0]):
+        # Times before it are moved into what is left, so that the noise still falls (or rises) in every step.
+        later = int(((times - first) * (first - times[0]) > 0).nonzero()[0])
+        times[: later + 1] = torch.linspace(first, float(times[later]), later + 1, dtype=torch.float64)
     angles = torch.atan2(schedule.sigma(times), schedule.alpha(times)).diff()
     if not bool((angles <= 0).all() if forward else (angles >= 0).all()):
         raise ValueError(f"[make_plan] times: expected noise that falls (or rises) all the way, got {times.tolist()}")

@@ -28,7 +28,7 @@ def _singlestep(run: Run, order: int) -> tuple[Stage, ...]:
     step = two_stage if order == 2 else three_stage
     for k, to in enumerate(run.points[1:]):
         known = [run.evaluate(x, run.points[k]), *known[: order - 1]]
-        if to.sigma == 0.0 and run.forward and k:
+        if to.sigma == 0.0 and run.forward and (k or run.prediction == "sample"):
             x = extrapolate(run, known, to)
         else:
             x, _ = step(run, known[0], to)
