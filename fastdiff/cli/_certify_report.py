@@ -34,8 +34,8 @@ def table(record: dict[str, Any]) -> Table:
         found.add(
             solver,
             promise["text"] + (" (moments)" if promise["stochastic"] else ""),
-            _range([cell["order"] for cell in home]),
-            _range([cell["order"] for cell in cells]),
+            _range([cell["order"] for cell in home]) if promise["order"] else "–",
+            _range([cell["order"] for cell in cells]) if promise["order"] else "–",
             f"{max(errors):.1e}" if errors else "–",
             _share(record, solver, "float32"),
             _share(record, solver, "bfloat16"),
@@ -128,7 +128,10 @@ def plot(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     ours = [
         (f"{c['solver']}  {_number(c['order'])}", c["nfe"], c["errors"])
         for c in record["order"]
-        if c["schedule"] == reference and c["prediction"] == "epsilon" and c["errors"]
+        if c["schedule"] == reference
+        and c["prediction"] == "epsilon"
+        and c["errors"]
+        and record["promises"][c["solver"]]["order"]
     ]
     panels = [(f"fastdiff, {reference}, epsilon", ours)]
     if record["diffusers"]:
@@ -142,7 +145,7 @@ def plot(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
         for i, (label, nfe, errors) in enumerate(curves):
             points = [(n, max(e, smallest)) for n, e in zip(nfe, errors, strict=True) if math.isfinite(e) and n <= 400]
             style = {"color": colors[i % 20], "marker": markers[i % len(markers)], "lw": 1.4, "ms": 4}
-            axis.loglog(*zip(*points, strict=True), label=label, **style) if points else None
+            axis.loglog(*(zip(*points, strict=True) if points else ([], [])), label=label, **style)
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axis.set_xlabel("model evaluations")
         axis.set_xticks([20, 40, 80, 160, 320], ["20", "40", "80", "160", "320"])
