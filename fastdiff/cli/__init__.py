@@ -1,4 +1,4 @@
-"""The command line: ``fastdiff info | verify | bench | demo | analyze``.
+"""The command line: ``fastdiff info | verify | certify | bench | demo | analyze``.
 
 Importing this package needs neither typer nor rich, so the engines behind the commands also serve ``python -m
 benchmarks`` where those are not installed.

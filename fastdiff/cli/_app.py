@@ -8,6 +8,7 @@ import typer
 
 from fastdiff.cli.analyze import analyze
 from fastdiff.cli.bench import bench
+from fastdiff.cli.certify import certify
 from fastdiff.cli.demo import demo
 from fastdiff.cli.info import info
 from fastdiff.cli.verify import verify
@@ -38,5 +39,5 @@ def _options(
     pass
 
 
-for _command in (info, verify, bench, demo, analyze):
+for _command in (info, verify, certify, bench, demo, analyze):
     app.command()(_command)

@@ -171,7 +171,15 @@ def make_plan(
     forward = _falls(schedule, times)
     if not forward and known.stochastic:
         raise ValueError(f"[make_plan] times: expected noise that falls with {solver!r}, got {times.tolist()}")
-    times[0] = _first_time(schedule, float(times[0]), prediction)
+    first = _first_time(schedule, float(times[0]), prediction)
+    if first != float(times[0]):
+        # Times before it are moved into what is left, so that the noise still falls (or rises) in every step.
+        rest = ((times - first) * (first - times[0]) > 0).nonzero()
+        if not len(rest):
+            expected = f"some after {first}, before which predicting {prediction} says nothing of the rest"
+            raise ValueError(f"[make_plan] times: expected {expected}, got {times.tolist()}")
+        later = int(rest[0])
+        times[: later + 1] = torch.linspace(first, float(times[later]), later + 1, dtype=torch.float64)
     angles = torch.atan2(schedule.sigma(times), schedule.alpha(times)).diff()
     if not bool((angles <= 0).all() if forward else (angles >= 0).all()):
         raise ValueError(f"[make_plan] times: expected noise that falls (or rises) all the way, got {times.tolist()}")

@@ -120,8 +120,11 @@ def _run(
             plan.cache["corrected",] = plan.with_prediction("sample")
         plan = plan.cache["corrected",]
     stages = asked.stages
-    levels = [stage.sigma / stage.alpha if stage.alpha else float("inf") for stage in stages]
-    scales = tuple(1.0 if form is None else form.scale(level) for level in levels)
+    levels: list[float] = []
+    scales: tuple[float | None, ...] = (1.0,) * len(stages)
+    if form is not None:
+        levels = [stage.sigma / stage.alpha if stage.alpha else float("inf") for stage in stages]
+        scales = tuple(form.scale(level) for level in levels)
     run = program(plan, (1.0,) * len(scales) if corrected else scales)
     fold = run.folded and not corrected
     times = time_rows(plan, noise)
