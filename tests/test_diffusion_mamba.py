@@ -248,3 +248,22 @@ def test_presets_and_bad_arguments() -> None:
             model(*bad)
     with pytest.raises(ValueError, match=r"modulation: expected shape \[2, 128\], got \[2, 3\]"):
         model(x, t, y, modulation=torch.zeros(2, 3))
+
+
+def test_a_table_drops_no_label_and_stands_alone() -> None:
+    model = build(class_dropout_prob=1.0)
+    x, t, y = inputs(model)
+    table = model.precompute_modulation(t[:1], y)
+    assert not table.requires_grad
+    torch.testing.assert_close(model.train().precompute_modulation(t[:1], y), table, rtol=0, atol=0)
+    close(model(x, None, modulation=table[0]), model.eval()(x, t[:1].expand(2), y))
+    with pytest.raises(ValueError, match=r"t: expected shape \[2\], got None"):
+        model(x, None, y)
+    with pytest.raises(ValueError, match=r"timesteps: expected shape \[T\]"):
+        model.precompute_modulation(t[:0], y)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_empty_batch(order: str) -> None:
+    model = build(order)
+    assert model(*inputs(model, 0)).shape == (0, 6, 8, 8)
