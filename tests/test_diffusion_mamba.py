@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
-from fastdiff.models import DIFFUSION_MAMBA_PRESETS, DiffusionMamba, HybridDiffusion, diffusion_mamba, scan_orders
+from fastdiff.models import (
+    DIFFUSION_MAMBA_PRESETS,
+    DiffusionMamba,
+    HybridDiffusion,
+    diffusion_mamba,
+    load_weights,
+    scan_orders,
+)
 from fastdiff.models.diffusion_mamba import GridScan
 
 ORDERS = scan_orders.NAMES
@@ -267,3 +274,20 @@ def test_a_table_drops_no_label_and_stands_alone() -> None:
 def test_an_empty_batch(order: str) -> None:
     model = build(order)
     assert model(*inputs(model, 0)).shape == (0, 6, 8, 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_without_memory_gets_it_with_its_weights(order: str) -> None:
+    model = build(order)
+    with torch.device("meta"):
+        other = DiffusionMamba(**model.config)
+    load_weights(other.eval(), model.state_dict())
+    args = inputs(model)
+    torch.testing.assert_close(other(*args), model(*args), rtol=0, atol=0)
+
+
+def test_positions_need_not_be_in_the_file() -> None:
+    model = build()
+    state = model.state_dict()
+    del state["pos_embed"]
+    load_weights(model, state)

@@ -165,6 +165,7 @@ class DiffusionMamba(nn.Module):
     """
 
     pos_embed: Tensor
+    derived_buffers = ("pos_embed",)  # computed here; a file need not have it
 
     def __init__(
         self,
