@@ -20,7 +20,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` (with the same suffix) and renames it to ``path`` on success.
 
     A process killed at any moment leaves either the old file or the new one under ``path``, never a part.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
     """
+    if not path.parent.is_dir():  # each writer would say so in a way of its own, about a name that nobody gave
+        raise FileNotFoundError(f"no such folder to write {path.name} into: {path.parent}")
     temporary = partial_path(path)
     try:
         yield temporary

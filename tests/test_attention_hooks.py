@@ -248,3 +248,21 @@ def test_bad_arguments() -> None:
     with inject_attention(model, wrong), pytest.raises(ValueError, match=r"attention_inject.*probs"):
         model(*args)
     assert processors(model) == [None] * 3
+
+
+@pytest.mark.parametrize("case", [dit_case, text_dit_case], ids=["dit", "text_dit"])
+def test_hooks_act_once_under_gradient_checkpointing(case: Callable[[], tuple[Any, tuple[Any, ...]]]) -> None:
+    """The backward pass may come after the context, and must not run a block without its hook, or a hook twice."""
+    model, args = case()
+    with capture_attention(model) as maps:
+        model(torch.randn_like(args[0]), *args[1:])
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        with inject_attention(model, maps), capture_attention(model) as seen:
+            loss = model(*args).square().sum()
+        loss.backward()
+        assert all(len(calls) == 1 for calls in seen.values())
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -338,3 +338,34 @@ def test_folders_of_diffusers(tmp_path: Path) -> None:
     (tmp_path / "whole" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"needs a config\.json"):
         load_model(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compile", "dp"])
+def test_wrappers_are_left_out(model: DiT, wrap: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    save_weights(wrap(model), tmp_path / "m.safetensors")
+    same(load_model(tmp_path / "m.safetensors").state_dict(), model.state_dict())
+    for source in (tmp_path / "m.safetensors", wrap(model).state_dict()):
+        other = DiT(**SETTINGS)
+        load_weights(wrap(other), source)
+        same(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_numbers_of_another_kind_are_refused(model: DiT, dtype: torch.dtype) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    state["x_embedder.proj.weight"] = state["x_embedder.proj.weight"].to(dtype)
+    with pytest.raises(
+        CheckpointError, match=r"x_embedder\.proj\.weight: expected floating-point numbers, got torch\."
+    ):
+        load_weights(model, state)
+    same(model.state_dict(), before)
+
+
+def test_settings_that_build_nothing_and_folders_that_are_not_there(model: DiT, tmp_path: Path) -> None:
+    model.config["no_such_setting"] = 1
+    save_weights(model, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"DiT is not built from the settings in it .*no_such_setting"):
+        load_model(tmp_path / "m.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no such folder to write m\.safetensors into: .*absent"):
+        save_weights(model, tmp_path / "absent" / "m.safetensors")

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
-from fastdiff.models import DIFFUSION_MAMBA_PRESETS, DiffusionMamba, HybridDiffusion, diffusion_mamba, scan_orders
+from fastdiff.models import (
+    DIFFUSION_MAMBA_PRESETS,
+    DiffusionMamba,
+    HybridDiffusion,
+    diffusion_mamba,
+    load_weights,
+    scan_orders,
+)
 from fastdiff.models.diffusion_mamba import GridScan
 
 ORDERS = scan_orders.NAMES
@@ -248,3 +255,39 @@ def test_presets_and_bad_arguments() -> None:
             model(*bad)
     with pytest.raises(ValueError, match=r"modulation: expected shape \[2, 128\], got \[2, 3\]"):
         model(x, t, y, modulation=torch.zeros(2, 3))
+
+
+def test_a_table_drops_no_label_and_stands_alone() -> None:
+    model = build(class_dropout_prob=1.0)
+    x, t, y = inputs(model)
+    table = model.precompute_modulation(t[:1], y)
+    assert not table.requires_grad
+    torch.testing.assert_close(model.train().precompute_modulation(t[:1], y), table, rtol=0, atol=0)
+    close(model(x, None, modulation=table[0]), model.eval()(x, t[:1].expand(2), y))
+    with pytest.raises(ValueError, match=r"t: expected shape \[2\], got None"):
+        model(x, None, y)
+    with pytest.raises(ValueError, match=r"timesteps: expected shape \[T\]"):
+        model.precompute_modulation(t[:0], y)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_empty_batch(order: str) -> None:
+    model = build(order)
+    assert model(*inputs(model, 0)).shape == (0, 6, 8, 8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_without_memory_gets_it_with_its_weights(order: str) -> None:
+    model = build(order)
+    with torch.device("meta"):
+        other = DiffusionMamba(**model.config)
+    load_weights(other.eval(), model.state_dict())
+    args = inputs(model)
+    torch.testing.assert_close(other(*args), model(*args), rtol=0, atol=0)
+
+
+def test_positions_need_not_be_in_the_file() -> None:
+    model = build()
+    state = model.state_dict()
+    del state["pos_embed"]
+    load_weights(model, state)

@@ -201,3 +201,13 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_half_precision_keeps_the_noise_level() -> None:
+    """``log(sigma) / 4`` rounded to bfloat16 would be another noise level."""
+    model, t = small_unet(num_classes=0).bfloat16(), torch.tensor([-0.7313])
+    seen: list[Tensor] = []
+    model.emb_fourier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    out = model(torch.randn(1, 3, 8, 8).bfloat16(), t)
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(seen[0], t, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.models import DiT, TextDiT, UNet
+from fastdiff.models import DiT, TextDiT, UNet, load_weights
 from fastdiff.models._unet_blocks import CrossAttention
 from fastdiff.models.attention_hooks import attention_layers, capture_attention, inject_attention
 from fastdiff.models.ip_adapter import ImageProjection, IPAdapter, Resampler
@@ -223,3 +224,29 @@ def test_bad_models() -> None:
         IPAdapter(nn.Sequential(layer), 10)
     with pytest.raises(ValueError, match="tokens of one width, got"):
         IPAdapter(nn.Sequential(CrossAttention(8, 4, 2), CrossAttention(8, 5, 2)), 10)
+
+
+def test_trains_under_gradient_checkpointing() -> None:
+    """The image is put away again before the backward pass."""
+    model = TextDiT(4, 2, 3, 16, 2, 2, 2.0, caption_channels=6, caption_tokens=4)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    adapter = IPAdapter(model.eval(), 10)
+    args, image = (torch.randn(2, 3, 4, 4), torch.tensor([1.0, 50.0]), torch.randn(2, 4, 6)), torch.randn(2, 10)
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        adapter.zero_grad()
+        adapter(*args, image=image).square().sum().backward()
+        gradients.append([p.grad for p in adapter.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_the_published_file_loads_with_load_weights(tmp_path: Path) -> None:
+    adapter, other = IPAdapter(text_unet(), 10), IPAdapter(text_unet(), 10)
+    nested: dict[str, dict[str, Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in adapter.state_dict().items():
+        part, _, name = key.partition(".")
+        nested[part][name] = value
+    torch.save(nested, tmp_path / "ip-adapter.bin")
+    load_weights(other, tmp_path / "ip-adapter.bin")
+    torch.testing.assert_close(other.state_dict(), adapter.state_dict(), rtol=0, atol=0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models import DiT, TextDiT, UNet
+from fastdiff.models import CheckpointError, DiT, TextDiT, UNet
 from fastdiff.models.lora import add_lora, default_targets, load_lora, merge_lora, save_lora
 
 peft = pytest.importorskip("peft", exc_type=ImportError)
@@ -145,3 +145,20 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'fastdiff\[models\]'"):
         add_lora(model)
+
+
+def test_a_lora_of_another_model_or_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """peft leaves out, without a word, what it finds no layer for."""
+    deep = randomised(DiT(8, 2, 3, 16, 3, 2, 2.0, 0.1, 5))
+    save_lora(add_lora(deep, 2), tmp_path)
+    model, _ = dit_case()
+    before = list(model.state_dict())
+    with pytest.raises(CheckpointError, match=r"no LoRA of this DiT\n.*blocks\.2\.attn\.proj\.lora_A"):
+        load_lora(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_lora(model, tmp_path)
+    assert list(model.state_dict()) == before
+    with pytest.raises(TypeError, match=r"\[merge_lora\] model: .*got DiT"):
+        merge_lora(model)

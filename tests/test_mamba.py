@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
-from fastdiff.models import MambaBlock, MambaLM, mamba_lm
+from fastdiff.models import MambaBlock, MambaLM, load_weights, mamba_lm
 
 PATH = torch.tensor([3, 0, 6, 1, 5, 2, 4])
 
@@ -199,3 +199,19 @@ def test_text_continues_where_the_state_was_left() -> None:
         logits, state = model(tokens[:, i : i + 1], state=state, return_state=True)
         rest.append(logits)
     close(torch.cat([first, *rest], 1), whole, 1e-6)
+
+
+def test_weights_of_others_load_with_load_weights() -> None:
+    model, other = MambaLM(11, 16, 2), MambaLM(11, 16, 2)
+    state = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    load_weights(other, {**state, "lm_head.weight": state["backbone.embeddings.weight"]})
+    tokens = torch.tensor([[1, 5, 3]])
+    torch.testing.assert_close(other(tokens), model(tokens), rtol=0, atol=0)
+
+
+def test_states_of_another_model_are_refused() -> None:
+    model, tokens = MambaLM(11, 16, 2), torch.tensor([[1, 5, 3]])
+    _, state = model(tokens, return_state=True)
+    for wrong in (state[:1], state + state):
+        with pytest.raises(ValueError, match=r"\[MambaLM\] state: expected 2"):
+            model(tokens, state=wrong)

@@ -253,3 +253,11 @@ def test_compiled_and_moved() -> None:
             close(compiled(x, None, modulation=table.at(i)), model(x, TIMES[i].expand(3), LABELS))
     moved: ModulationTable = table.to(torch.float64)
     assert moved.values.dtype is torch.float64 and len(moved) == 4
+
+
+def test_a_device_as_text_is_not_taken_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = small_dit()
+    with pytest.raises(ValueError, match=r"keep: expected a file, or torch\.device\('cpu'\), got 'cpu'"):
+        model.drop_modulation_weights(keep="cpu")
+    assert not list(tmp_path.iterdir()) and not model._dropped()

@@ -23,6 +23,7 @@ __all__ = [
     "PatchEmbed",
     "Processor",
     "TimestepEmbedder",
+    "may_recompute",
     "require",
     "sincos_position_embedding",
     "unpatchify",
@@ -96,6 +97,14 @@ class LabelEmbedder(nn.Module):
 # What may stand in for the product of an attention layer, to capture or edit it: (layer, q, k, v) -> out, where q and
 # out are [B,N,H,d], k and v [B,M,H,d] (views; not to be written to), and the scores are scaled by d ** -0.5.
 Processor = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def may_recompute(block: nn.Module) -> bool:
+    """Whether gradient checkpointing may run a block again in the backward pass: not with processors in it.
+
+    They may be gone by then, or count and record their calls.
+    """
+    return all(getattr(module, "processor", None) is None for module in block.modules())
 
 
 class Attention(nn.Module):

@@ -32,6 +32,7 @@ _WRAPPERS = (
     *("ema", "state_dict_ema", "ema_state_dict", "model_ema", "params_ema"),
     *("state_dict", "model_state_dict", "model", "module", "params", "weights", "net"),
 )
+_IP_ADAPTER = {"image_proj", "ip_adapter"}  # the parts of its published files, which belong together
 _LISTED = 8  # keys of one kind that an error names
 
 
@@ -188,6 +189,8 @@ def _select(loaded: Any, key: str | None, source: str) -> State:
     for wrapper in _WRAPPERS:
         if _is_state(loaded.get(wrapper)):
             return _tensors(loaded[wrapper])
+    if loaded.keys() == _IP_ADAPTER and all(map(_is_state, loaded.values())):
+        return {f"{part}.{name}": value for part in loaded for name, value in _tensors(loaded[part]).items()}
     if not _is_state(loaded):
         raise CheckpointError(source, f"no weights in it; it has {', '.join(map(str, loaded)) or 'no entries'}")
     return _tensors(loaded)
@@ -220,7 +223,8 @@ def load_weights(
     and SiT files carry its own), `TextDiT` likewise. Weights that `drop_modulation_weights` took come back as well.
 
     Args:
-        model: any module; one built on the "meta" device gets its memory here.
+        model: any module, also behind `torch.compile` or data parallelism; one built on the "meta" device gets its
+            memory here.
         source: what `load_state` reads, or a state dict.
         strict: refuse missing and unexpected names. Shapes must fit either way.
         key: see `load_state`.
@@ -232,6 +236,7 @@ def load_weights(
         FileNotFoundError: there is no such file.
         CheckpointError: the file cannot be read or does not fit; the model is unchanged.
     """
+    model = _bare(model)
     given = isinstance(source, Mapping)
     where = "state dict" if given else str(source)
     state = _unprefixed(_select(source, key, where)) if isinstance(source, Mapping) else load_state(source, key=key)
@@ -252,6 +257,10 @@ def load_weights(
     if misshapen or (strict and (missing or unexpected)):
         reason = f"does not fit this {type(model).__name__}"
         raise CheckpointError(where, reason, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    for name in sorted(common & own.keys()):
+        if own[name].is_floating_point() and not state[name].is_floating_point():
+            reason = f"{name}: expected floating-point numbers, got {state[name].dtype} (quantised weights?)"
+            raise CheckpointError(where, reason)
     with torch.no_grad():
         for name in sorted(common & own.keys()):
             if own[name].is_meta:
@@ -260,6 +269,17 @@ def load_weights(
                 own[name].copy_(state[name])
     set_weights(model, {name: state[name] for name in common - own.keys()})
     return LoadedKeys(missing, unexpected)
+
+
+def _bare(model: nn.Module) -> Any:
+    """The model behind the wrappers that prefix every name of its parameters."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _give_memory(model: nn.Module, name: str, value: Tensor) -> None:
@@ -293,12 +313,14 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Writes the weights of a model as a safetensors file, with its class and ``config`` in the header.
 
     Args:
-        model: any module; `load_model` builds those of fastdiff.models anew.
+        model: any module; `load_model` builds those of fastdiff.models anew. What `torch.compile` or data parallelism
+            wrap around one is left out.
         path: the file; its folder must exist.
 
     Raises:
         ValueError: the model's modulation weights were dropped, so the file would not be whole.
     """
+    model = _bare(model)
     if dropped_shapes(model):
         raise ValueError("[save_weights] model: expected all its weights, got one after drop_modulation_weights()")
     kind = type(model)
@@ -324,7 +346,11 @@ def load_model(path: str | Path) -> Any:
         return _from_diffusers(path).eval()
     state = load_state(path)
     kind, config = _described(path)
-    model = kind(**config)
+    try:
+        model = kind(**config)
+    except TypeError as error:
+        reason = f"{kind.__name__} is not built from the settings in it ({error}); build one and use load_weights"
+        raise CheckpointError(str(path), reason) from error
     first = next((name for name, _ in model.named_parameters()), "")
     if first in state:  # a file in half precision makes a model in half precision
         model.to(state[first].dtype)

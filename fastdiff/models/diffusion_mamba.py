@@ -32,11 +32,13 @@ from fastdiff.models._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    may_recompute,
     require,
     sincos_position_embedding,
 )
 from fastdiff.models.dit import FinalLayer
 from fastdiff.models.mamba import MambaBlock, initial_step_bias
+from fastdiff.models.modulation import check_times
 from fastdiff.ops import _linear
 
 __all__ = ["DIFFUSION_MAMBA_PRESETS", "DiffusionMamba", "GridScan", "HybridDiffusion", "diffusion_mamba"]
@@ -104,7 +106,7 @@ class GridScan(nn.Module):
         u, z = _linear.call(self.in_proj, x).chunk(2, dim=-1)
         image = u.view(b, *self.grid, inner).permute(0, 3, 1, 2)
         u = F.silu(self.conv2d(image)).permute(0, 2, 3, 1).reshape(b, length, inner)
-        parts = _linear.call(self.x_proj, u).view(b, length, paths, -1)
+        parts = _linear.call(self.x_proj, u).view(b, length, paths, rank + 2 * self.d_state)
         dt, B, C = parts.split([rank, self.d_state, self.d_state], dim=-1)
         # One product for all paths: [K, B*L, R] x [K, R, E].
         delta = torch.bmm(dt.permute(2, 0, 1, 3).reshape(paths, b * length, rank), self.dt_weight)
@@ -163,6 +165,7 @@ class DiffusionMamba(nn.Module):
     """
 
     pos_embed: Tensor
+    derived_buffers = ("pos_embed",)  # computed here; a file need not have it
 
     def __init__(
         self,
@@ -242,7 +245,7 @@ class DiffusionMamba(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: Tensor,
+        t: Tensor | None,
         cond: Tensor | None = None,
         *,
         modulation: Tensor | None = None,
@@ -266,8 +269,11 @@ class DiffusionMamba(nn.Module):
         Raises:
             ValueError: a shape or the presence of labels does not fit the model.
         """
-        self._check(x, t, cond)
-        modulation = self._modulation(self._condition(t, cond)) if modulation is None else modulation
+        self._check_images(x)
+        if modulation is None:
+            self._check_conditions(len(x), t, cond)
+            assert t is not None  # checked
+            modulation = self._modulation(self._condition(t, cond, drop=self.training))
         width = self.config["hidden_size"]
         branches = list(self._branches())
         size = (len(x), (3 * len(branches) + 2) * width)
@@ -286,7 +292,7 @@ class DiffusionMamba(nn.Module):
             gate, shift_next, scale_next = v[3 * i + 2 : 3 * i + 5]
             behind = added[ends[i + 1]] if i + 1 in ends else None
             x = x if behind is None else x + behind
-            if keep_little:
+            if keep_little and may_recompute(branch):
                 x, h = checkpoint(_site, branch, x, h, gate, shift_next, scale_next, use_reentrant=False)
             else:
                 x, h = _site(branch, x, h, gate, shift_next, scale_next)
@@ -294,10 +300,12 @@ class DiffusionMamba(nn.Module):
                 taps.append(x)
         return self._unpatchify(_linear.call(self.final_layer.linear, h))
 
+    @torch.no_grad()
     def precompute_modulation(self, timesteps: Tensor, cond: Tensor | None = None, *, batch: int = 1) -> Tensor:
         """Every branch's modulation for every step of a schedule: one product per block instead of one per step.
 
         A run that passes ``modulation=table[i]`` does not use the embedders or the ``adaLN_modulation`` layers.
+        No label is dropped, in training mode either.
 
         Args:
             timesteps: [T], in the units of `forward`.
@@ -307,12 +315,13 @@ class DiffusionMamba(nn.Module):
         Returns:
             [T,B,V].
         """
-        self._require(timesteps.dim() == 1, "timesteps", "shape [T]", list(timesteps.shape))
+        check_times(f"{type(self).__name__}.precompute_modulation", timesteps)
         steps, batch = len(timesteps), batch if cond is None else len(cond)
         labels = None if cond is None else cond.repeat(steps)
         times = timesteps.repeat_interleave(batch)
         self._check_labels(times, labels)
-        return self._modulation(self._condition(times, labels)).view(steps, batch, -1)
+        values = self._modulation(self._condition(times, labels, drop=False))
+        return values.view(steps, batch, values.shape[-1])
 
     def forward_with_cfg(self, x: Tensor, t: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans, 2022): ``uncond + guidance_scale * (pred - uncond)``, in one batch.
@@ -330,21 +339,23 @@ class DiffusionMamba(nn.Module):
             ValueError: a shape does not fit, or the model has no null class.
         """
         self._require(cond is not None, "cond", "labels [B]", None)
-        self._check(x, t, cond)
-        self._check(x, t, None)  # guidance needs the null class
+        self._check_images(x)
+        self._check_conditions(len(x), t, cond)
+        self._check_labels(t, None)  # guidance needs the null class
         labels = torch.cat([cond, torch.full_like(cond, self.config["num_classes"])])
         pred, uncond = self(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
         c = self.config["in_channels"]
         guided = uncond[:, :c] + guidance_scale * (pred[:, :c] - uncond[:, :c])
         return torch.cat([guided, pred[:, c:]], dim=1)
 
-    def _condition(self, t: Tensor, cond: Tensor | None) -> Tensor:
-        """[B,D]: the time and the label (the null class for None)."""
+    def _condition(self, t: Tensor, cond: Tensor | None, *, drop: bool) -> Tensor:
+        """[B,D]: the time and the label (the null class for None); ``drop``: with label dropout."""
         c: Tensor = self.t_embedder(t)
         if self.y_embedder is None:
             return c
         null = self.config["num_classes"]
-        return c + self.y_embedder(t.new_full(t.shape, null, dtype=torch.long) if cond is None else cond)
+        labels = t.new_full(t.shape, null, dtype=torch.long) if cond is None else cond
+        return c + (self.y_embedder if drop else self.y_embedder.embedding_table)(labels)
 
     def _modulation(self, c: Tensor) -> Tensor:
         """[B,V]: the vectors of all branches in a row, then those of the final layer."""
@@ -360,10 +371,14 @@ class DiffusionMamba(nn.Module):
         tokens = tokens.reshape(len(tokens), g, g, p, p, self.out_channels)
         return tokens.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, g * p, g * p)
 
-    def _check(self, x: Tensor, t: Tensor, cond: Tensor | None) -> None:
+    def _check_images(self, x: Tensor) -> None:
         c, s = self.config["in_channels"], self.config["input_size"]
         self._require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
-        self._require(t.shape == x.shape[:1], "t", f"shape [{len(x)}]", list(t.shape))
+
+    def _check_conditions(self, batch: int, t: Tensor | None, cond: Tensor | None) -> None:
+        got = None if t is None else list(t.shape)
+        self._require(t is not None and got == [batch], "t", f"shape [{batch}]", got)
+        assert t is not None  # checked
         self._check_labels(t, cond)
 
     def _check_labels(self, t: Tensor, cond: Tensor | None) -> None:

@@ -34,6 +34,7 @@ from fastdiff.models._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    may_recompute,
     require,
     sincos_position_embedding,
     unpatchify,
@@ -132,7 +133,7 @@ class DiT(DiffusersDiT, Modulated):
 
     Attributes:
         gradient_checkpointing: keep only what goes from block to block for the backward pass, and compute the rest
-            again then: memory for time.
+            again then: memory for time. Blocks with attention hooks (`attention_hooks`, `IPAdapter`) keep everything.
 
     Raises:
         ValueError: an argument is out of range.
@@ -262,7 +263,7 @@ class DiT(DiffusersDiT, Modulated):
         h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
         for i, block in enumerate(self.blocks):
             site = (x, h, mods[i][2:], *mods[i + 1][:2], added[i + 1])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled() and may_recompute(block):
                 x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
             else:
                 x, h = block(*site)

@@ -284,7 +284,8 @@ class EDM2UNet(nn.Module):
             ValueError: a shape does not fit the model.
         """
         self._check(x, t, cond)
-        emb = self.emb_noise(self.emb_fourier(t.to(x.dtype)))
+        wide = torch.promote_types(x.dtype, torch.float32)  # in half precision, noise levels would lose 1/512
+        emb = self.emb_noise(self.emb_fourier(t.to(wide)).to(x.dtype))
         if self.emb_label is not None and cond is not None:
             classes = self.config["num_classes"]
             one_hot = F.one_hot(cond, classes).to(emb.dtype) * math.sqrt(classes)

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from fastdiff.models.checkpoints import CheckpointError, load_state
+
 __all__ = ["add_lora", "default_targets", "load_lora", "merge_lora", "save_lora"]
 
 
@@ -67,7 +69,13 @@ def add_lora(
 
 
 def merge_lora(model: Any) -> nn.Module:
-    """The model itself again, with the updates added to its weights; for what `add_lora` or `load_lora` returned."""
+    """The model itself again, with the updates added to its weights; for what `add_lora` or `load_lora` returned.
+
+    Raises:
+        TypeError: the model has no LoRA.
+    """
+    if not isinstance(model, _peft().PeftModel):
+        raise TypeError(f"[merge_lora] model: expected what add_lora or load_lora returned, got {type(model).__name__}")
     merged: nn.Module = model.merge_and_unload()
     return merged
 
@@ -88,11 +96,20 @@ def load_lora(model: nn.Module, folder: str | Path, *, trainable: bool = False) 
     Raises:
         ImportError: peft is not there.
         FileNotFoundError: a file is missing (peft would look for the folder's name on the internet).
+        CheckpointError: the file is damaged, or has updates of layers that the model does not have (peft would leave
+            them out); the model is unchanged.
     """
     peft = _peft()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(folder) / name).is_file():
             raise FileNotFoundError(f"[load_lora] folder: expected {name} in {folder}")
+    path = Path(folder) / "adapter_model.safetensors"
+    updates = [name for name in load_state(path) if ".lora_" in name]
+    layers = {name for name, _ in model.named_modules()}
+    unexpected = [n for n in updates if n.split(".lora_")[0].removeprefix("base_model.model.") not in layers]
+    if unexpected or not updates:
+        reason = f"no LoRA of this {type(model).__name__}"
+        raise CheckpointError(str(path), reason, unexpected=unexpected)
     return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 

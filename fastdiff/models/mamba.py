@@ -263,6 +263,8 @@ class MambaLM(nn.Module):
     def hidden(self, tokens: Tensor, *, state: Sequence[MambaState] | None = None) -> tuple[Tensor, list[MambaState]]:
         """What the logits are made from, [B,L,D], and the states of all layers."""
         require(tokens.dim() == 2, "MambaLM", "tokens", "shape [B,L]", list(tokens.shape))
+        if state is not None:
+            require(len(state) == len(self.layers), "MambaLM", "state", f"{len(self.layers)} of them", len(state))
         dtype, eps = self.embeddings.weight.dtype, self.config["norm_eps"]
         x = _wide(self.embeddings(tokens))
         # An RMS norm with weights is a modulation with shift 0 and scale w - 1; the residual before it has gate 1.
@@ -276,6 +278,12 @@ class MambaLM(nn.Module):
             states.append(after)
             x, h = ops.gate_residual_adaln(x, y, one, zero, scales[i + 1], norm="rms", eps=eps)
         return h.to(dtype), states
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by our names, from the models named above; `load_state_dict` renames by itself."""
+        renamed = dict(state)
+        _use_our_names(renamed, "")
+        return renamed
 
 
 def mamba_lm(state_dict: Mapping[str, Tensor], *, norm_eps: float = 1e-5) -> MambaLM:

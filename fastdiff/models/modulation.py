@@ -168,7 +168,8 @@ class Modulated(nn.Module):
             what restores them: by ``restore()``, or at the end of a ``with`` block (which needs `keep`).
 
         Raises:
-            ValueError: they are dropped already, or one of the layers is none of ours any more (LoRA, quantised).
+            ValueError: they are dropped already, one of the layers is none of ours any more (LoRA, quantised), or
+                `keep` is the name of a device as text.
         """
         return DroppedWeights(self, keep)
 
@@ -205,6 +206,8 @@ class DroppedWeights:
     def __init__(self, model: Modulated, keep: str | Path | torch.device | None) -> None:
         self._model, self._keep = model, keep
         layers, owner = model._modulation_layers(), type(model).__name__
+        device = isinstance(keep, str) and keep.split(":")[0] in ("cpu", "cuda")
+        require(not device, owner, "keep", f"a file, or torch.device({str(keep)!r})", repr(keep))
         other = next((type(layer).__name__ for layer in layers.values() if type(layer) is not nn.Linear), None)
         require(other is None, owner, "drop_modulation_weights", "layers of torch.nn.Linear", other)
         require(not model._dropped(), owner, "drop_modulation_weights", "weights that are there", "none")

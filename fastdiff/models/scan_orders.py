@@ -79,7 +79,7 @@ def hilbert(height: int, width: int, variant: int = 0) -> Tensor:
     major, minor = ((0, width), (height, 0)) if along_rows else ((height, 0), (0, width))
     cells: list[tuple[int, int]] = []
     _curve((0, 0), major, minor, cells)
-    rows, columns = torch.tensor(cells).unbind(1)
+    rows, columns = torch.tensor(cells, device=grid.device).unbind(1)
     mirrored = grid.flip(0 if along_rows else 1)  # on the other axis it would be the same path from its end
     path = (mirrored if variant >= 2 else grid)[rows, columns]
     return path.flip(0) if variant % 2 else path
@@ -152,4 +152,6 @@ def inverse(order: Tensor) -> Tensor:
 
 def _grid(height: int, width: int) -> Tensor:
     require(height >= 1 and width >= 1, "scan_orders", "height, width", "at least 1", (height, width))
-    return torch.arange(height * width).view(height, width)
+    # Paths are in no file, so a model built on the "meta" device needs them now.
+    device = torch.get_default_device()
+    return torch.arange(height * width, device="cpu" if device.type == "meta" else device).view(height, width)

@@ -41,6 +41,7 @@ from fastdiff.models._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
+    may_recompute,
     require,
     sincos_position_embedding,
     unpatchify,
@@ -278,7 +279,7 @@ class TextDiT(DiffusersTextDiT, Modulated):
         h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
         for i, block in enumerate(self.blocks):
             site = (x, h, text, mask, mods[i][2:], *mods[i + 1][:2], added[i + 1])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled() and may_recompute(block):
                 x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
             else:
                 x, h = block(*site)
