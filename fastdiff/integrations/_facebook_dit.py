@@ -100,6 +100,13 @@ def _attention(original: Any) -> type:
     return Fast
 
 
+def _serve_attention(self: Any, x: Tensor) -> Tensor:
+    """What the fast layer computes."""
+    if self.training and _drops_weights(self):
+        return original_class(self).forward(self, x)  # type: ignore[attr-defined, no-any-return]
+    return _run_attention(self, x)
+
+
 def _mlp(original: Any) -> type:
     class Fast:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +160,9 @@ def _is_attention(obj: Any) -> bool:
 
 
 def _is_mlp(obj: Any) -> bool:
-    return _foreign(obj, "fc1", "act", "fc2") and isinstance(obj.fc1, nn.Linear) and isinstance(obj.fc2, nn.Linear)
+    if not (_foreign(obj, "fc1", "act", "fc2") and isinstance(obj.fc1, nn.Linear) and isinstance(obj.fc2, nn.Linear)):
+        return False
+    return obj.fc1.out_features == obj.fc2.in_features  # otherwise it is gated
 
 
 def _why_block(obj: Any) -> str | None:
@@ -168,7 +177,7 @@ def _why_final(obj: Any) -> str | None:
 
 def _why_attention(obj: Any) -> str | None:
     known = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
-    return extra_parts(obj, known) or disagreement(obj, obj.qkv.in_features, 1, _run_attention)
+    return extra_parts(obj, known) or disagreement(obj, obj.qkv.in_features, 1, _serve_attention)
 
 
 def _why_mlp(obj: Any) -> str | None:

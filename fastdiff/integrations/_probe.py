@@ -2,7 +2,9 @@
 
 A layer that is recognised by its attribute names alone may do anything with them. So a copy of it gets random
 parameters (those of a fresh DiT are zero, and would hide any difference), runs its own forward and ours, and is left
-alone unless they agree. The layer itself is not called, no hook runs, and the random generators stay as they are.
+alone unless they agree: in evaluation, and in training with the same random numbers, where dropout by a function would
+otherwise go unnoticed. So is a layer whose forward keeps something for later (a map of attention, say): ours would not.
+The layer itself is not called, no hook runs, and the random generators stay as they are.
 """
 
 from __future__ import annotations
@@ -39,16 +41,24 @@ def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[.
             random = _Random(device)
             stand_in = _stand_in(module, random)
             x = [random(2, _TOKENS, width), random(2, width)][:inputs]
-            theirs: Any = kind.forward(stand_in, *x)
-            ours: Any = forward(stand_in, *x)
-            if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-                return f"its forward returns something else than one tensor {tuple(ours.shape)}"
-            apart = float((theirs - ours).abs().max() / theirs.abs().max())
+            for training in (False, True):
+                stand_in.train(training)
+                before, states = dict(vars(stand_in)), _states(devices)
+                theirs: Any = kind.forward(stand_in, *x)
+                kept = [name for name, value in vars(stand_in).items() if before.get(name, before) is not value]
+                if kept:
+                    return f"its forward sets attributes: {', '.join(kept)}"
+                _set_states(states)
+                ours: Any = forward(stand_in, *x)
+                if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+                    return f"its forward returns something else than one tensor {tuple(ours.shape)}"
+                apart = float((theirs - ours).abs().max() / theirs.abs().max())
+                if not apart <= TOLERANCE:
+                    when = " in training" if training else ""
+                    return f"its forward is not the usual one{when}: outputs differ by {apart:.1e} of their range"
     except Exception as error:
         return f"its forward could not be tried out: {type(error).__name__}: {error}"
-    if apart <= TOLERANCE:
-        return None
-    return f"its forward is not the usual one: outputs differ by {apart:.1e} of their range"
+    return None
 
 
 def extra_parts(module: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -69,8 +79,21 @@ class _Random:
         return torch.randn(shape, generator=self.generator, device="cpu").to(self.device)
 
 
+def _states(devices: list[torch.device]) -> list[tuple[torch.device | None, Tensor]]:
+    """Of the generators that a layer draws from: the CPU's (None) and the devices'."""
+    return [(None, torch.get_rng_state()), *((device, torch.cuda.get_rng_state(device)) for device in devices)]
+
+
+def _set_states(states: list[tuple[torch.device | None, Tensor]]) -> None:
+    for device, state in states:
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
 def _stand_in(module: nn.Module, random: _Random) -> Any:
-    """A copy in float32 and evaluation mode, with random parameters and without hooks."""
+    """A copy in float32, with random parameters and without hooks."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
@@ -80,4 +103,4 @@ def _stand_in(module: nn.Module, random: _Random) -> Any:
         # Large enough to show in the output, small enough to keep products in range.
         scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
         memo[id(p)] = nn.Parameter(scale * random(*p.shape), requires_grad=False)
-    return copy.deepcopy(module, memo).float().eval()
+    return copy.deepcopy(module, memo).float()
