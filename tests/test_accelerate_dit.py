@@ -172,6 +172,30 @@ class Keeps(Attention):
         return super().forward(x)
 
 
+class Collects(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return super().forward(x)
+
+
+class Clamps(Mlp):
+    """Which small numbers do not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-5, 5)
+
+
+class Windows(Attention):
+    """Of 32 tokens, where there are more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(Windows, self).forward(part) for part in x.split(32, dim=1)], dim=1)
+
+
 class Positions(Block):
     """Has a table of its own, though what it does with 16 tokens is nothing."""
 
@@ -245,7 +269,10 @@ TWISTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout by a function": (lambda: Block(mlp=DropsByFunction()), "DropsByFunction in training"),
     "dropout by a function in attention": (lambda: Block(DropsByNumber()), "DropsByNumber in training"),
     "dropout once": (lambda: Block(mlp=DropsOnce(dropout=0.3)), "DropsOnce in training"),
+    "outputs clamped": (lambda: Block(mlp=Clamps()), "Clamps outputs differ"),
+    "windows": (lambda: Block(Windows()), "Windows outputs differ"),
     "something kept": (lambda: Block(Keeps()), "Keeps sets attributes: seen"),
+    "something collected": (lambda: Block(Collects()), "Collects sets attributes: seen"),
     "another activation": (lambda: Block(mlp=NewestGelu()), "NewestGelu outputs differ"),
 }
 
@@ -307,6 +334,9 @@ def test_other_arguments_go_to_the_original() -> None:
         assert apart(fast(x, mask=mask), layer(x, mask)) < 1e-6
         block = Block()
         assert apart(fast_copy(block)(x, c=mask[:, 0].expand(2, D)), block(x, mask[:, 0].expand(2, D))) < 1e-6
+        for samples, conditions in ((2, 1), (1, 2)):
+            given = x[:samples], torch.randn(conditions, D)
+            assert apart(fast_copy(block)(*given), block(*given)) < 1e-5
 
 
 def test_our_own_models_are_left_alone() -> None:

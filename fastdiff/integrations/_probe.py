@@ -21,10 +21,12 @@ from fastdiff.integrations._swap import original_class
 __all__ = ["disagreement", "extra_parts"]
 
 TOLERANCE = 2e-5  # float32, relative to the range of the output; another form of GELU is 1e-4 away
-_TOKENS = 16
+_TRIALS = ((False, 2, 16), (False, 1, 272), (True, 2, 16))  # training, samples, tokens
 
 
-def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[..., Any]) -> str | None:
+def disagreement(
+    module: nn.Module, width: int, inputs: int, forward: Callable[..., Any], *, loudness: float = 30.0
+) -> str | None:
     """Why `module` is not what `forward` computes, or None.
 
     Args:
@@ -32,6 +34,7 @@ def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[.
         width: of the tokens.
         inputs: 1 or 2.
         forward: ours, ``forward(module, tokens, condition)``.
+        loudness: standard deviation of the tokens in the long trial, which shows what is clamped, and windows.
     """
     kind: Any = original_class(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -40,12 +43,13 @@ def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[.
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
             random = _Random(device)
             stand_in = _stand_in(module, random)
-            x = [random(2, _TOKENS, width), random(2, width)][:inputs]
-            for training in (False, True):
+            for training, samples, tokens in _TRIALS:
+                size = loudness if samples == 1 else 1.0
+                x = [size * random(samples, tokens, width), random(samples, width)][:inputs]
                 stand_in.train(training)
-                before, states = dict(vars(stand_in)), _states(devices)
+                before, states = _kept(stand_in), _states(devices)
                 theirs: Any = kind.forward(stand_in, *x)
-                kept = [name for name, value in vars(stand_in).items() if before.get(name, before) is not value]
+                kept = [name for name, held in _kept(stand_in).items() if before.get(name) != held]
                 if kept:
                     return f"its forward sets attributes: {', '.join(kept)}"
                 _set_states(states)
@@ -77,6 +81,14 @@ class _Random:
 
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device="cpu").to(self.device)
+
+
+def _kept(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What every attribute holds: which object, and how many of them if it is a collection."""
+    return {
+        name: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for name, value in vars(module).items()
+    }
 
 
 def _states(devices: list[torch.device]) -> list[tuple[torch.device | None, Tensor]]:
