@@ -12,10 +12,15 @@ import pytest
 import torch
 from test_accelerate_dit import Block, D, Mlp, Model
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fastdiff
 from fastdiff.integrations import _swap
 from fastdiff.integrations.accelerate import HANDLERS
+
+
+class _Sharded:
+    """Stands in for what FSDP mixes in."""
 
 
 @pytest.mark.parametrize("function", [fastdiff.accelerate, fastdiff.restore, fastdiff.acceleration_report])
@@ -90,6 +95,34 @@ def test_a_forward_wrapped_later_is_undone_as_well() -> None:
     fastdiff.restore(mlp)
     assert torch.equal(mlp(x), 2 * theirs)
     assert mlp._old_forward.__func__ is Mlp.forward
+
+
+@pytest.mark.parametrize("mixed_in", [(), (_Sharded,)])
+def test_a_class_derived_later_is_undone_as_well(mixed_in: tuple[type, ...]) -> None:
+    """As FSDP and parametrisations make one for an object."""
+    mlp, x = Mlp().eval(), torch.randn(2, 3, D)
+    theirs = mlp(x)
+    fastdiff.accelerate(mlp)
+    mlp.__class__ = type("DerivedMlp", (*mixed_in, type(mlp)), {"answer": 42})
+    assert len(fastdiff.acceleration_report(mlp).replaced) == 1
+    derived = type(mlp)
+    assert type(fastdiff.accelerate(mlp)) is derived
+    for same in (mlp, copy.deepcopy(mlp)):
+        assert type(same) is derived and torch.equal(same(x), mlp(x))
+    fastdiff.restore(mlp)
+    assert type(mlp).__mro__[1:] == (*mixed_in, *Mlp.__mro__) and type(mlp).__name__ == "DerivedMlp"
+    assert mlp.answer == 42 and torch.equal(mlp(x), theirs)
+    assert not fastdiff.acceleration_report(mlp).replaced
+
+
+def test_parametrised_parts_agree() -> None:
+    block, x, c = Block().eval(), torch.randn(2, 9, D), torch.randn(2, D)
+    fastdiff.accelerate(block)
+    parametrizations.weight_norm(block.attn.proj)
+    with torch.no_grad():
+        block.attn.proj.parametrizations.weight.original0.mul_(3)
+        ours = block(x, c)
+        assert torch.allclose(ours, fastdiff.restore(block)(x, c), atol=1e-5)
 
 
 def test_saved_whole_and_loaded() -> None:

@@ -550,3 +550,13 @@ def test_a_pipeline_and_the_handlers_of_its_schedulers() -> None:
     restore(pipeline)
     assert abs(pictures() - expected).max() == 0
     assert len({h.name for h in fast_schedulers.HANDLERS}) == len(fast_schedulers.HANDLERS)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
+def test_a_schedule_that_is_not_finite_is_the_originals() -> None:
+    """One step of Karras's levels ends in a division of zero by zero once it is stretched."""
+    theirs, ours = both(FLOW, 1, use_karras_sigmas=True, shift_terminal=0.1)
+    x = torch.ones(1, 1, 2, 2)
+    for scheduler in (theirs, ours):
+        scheduler.set_begin_index(0)
+        assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isnan().all()

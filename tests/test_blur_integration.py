@@ -124,7 +124,7 @@ def _initialise(blur: Any) -> Any:
     return __init__
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 17), (2, 3, 9, 10), (2, 2, 3, 9, 10), (11, 12)])
+@pytest.mark.parametrize("shape", [(3, 12, 17), (2, 3, 9, 10), (2, 2, 3, 9, 10), (1, 11, 12)])
 def test_torchvision(vision: Any, shape: tuple[int, ...]) -> None:
     """The same seed draws the same sigma; the first size is the horizontal one."""
     layer = vision.GaussianBlur((5, 9), (0.4, 2.0))
@@ -159,11 +159,15 @@ def test_torchvision_gradient(vision: Any) -> None:
     assert apart(*found) < 1e-5
 
 
-def test_torchvision_leaves_what_is_not_a_float_tensor(vision: Any) -> None:
-    """Bytes are rounded by torchvision itself; an image smaller than the support is its error to raise."""
+def test_torchvision_leaves_what_is_not_a_float_tensor(vision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are rounded by torchvision itself; an image smaller than the support is its error to raise, and so is one
+    without channels."""
+    monkeypatch.setattr(fastdiff.ops, "gaussian_blur", lambda *_, **__: pytest.fail("ours was called"))
     layer = vision.GaussianBlur(5, 1.3)
     fast = fastdiff.accelerate(copy.deepcopy(layer))
     x = torch.randint(0, 256, (3, 9, 9), dtype=torch.uint8)
+    assert torch.equal(fast(x), layer(x))
+    x = torch.rand(9, 9)
     assert torch.equal(fast(x), layer(x))
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):
         fast(torch.rand(3, 2, 2))

@@ -61,8 +61,8 @@ def _torchvision_blur(img: torch.Tensor, size: Any, sigma: Any) -> torch.Tensor:
 
 
 def _blurs(x: Any, size: Any) -> bool:
-    """An image [..., H, W] of a plain type that is larger than half the support; `size` is (K_x, K_y)."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.dim() < 2:
+    """An image [..., C, H, W] of a plain type that is larger than half the support; `size` is (K_x, K_y)."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_floating_point() or x.dim() < 3:
         return False
     if not all(isinstance(k, int) and k > 0 and k % 2 for k in size):
         return False

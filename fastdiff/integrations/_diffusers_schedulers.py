@@ -11,6 +11,7 @@ The predicted data is computed at once and not when it is asked for: by then a c
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -230,6 +231,8 @@ class _Flow(base.IndexedScheduler):
             return None
         index, sigmas = place
         sigma, after = sigmas[index], sigmas[index + 1]
+        if not math.isfinite(after - sigma):
+            return None
         if self.config.stochastic_sampling:
             if not base.served([output, sample]):
                 return None

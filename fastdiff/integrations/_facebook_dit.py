@@ -73,7 +73,7 @@ def _norm(self: Any, name: str) -> Any:
 def _block(original: Any) -> type:
     class Fast:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs or len(args) != 2 or args[0].dim() != 3 or args[1].dim() != 2:
+            if kwargs or not _is_conditioned(args):
                 return original.forward(self, *args, **kwargs)
             return _run_block(self, *args)
 
@@ -83,11 +83,16 @@ def _block(original: Any) -> type:
 def _final(original: Any) -> type:
     class Fast:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs or len(args) != 2 or args[0].dim() != 3 or args[1].dim() != 2:
+            if kwargs or not _is_conditioned(args):
                 return original.forward(self, *args, **kwargs)
             return _run_final(self, *args)
 
     return Fast
+
+
+def _is_conditioned(args: tuple[Any, ...]) -> bool:
+    """Tokens [B,N,D] and a condition [B,D], or [1,D] for all."""
+    return len(args) == 2 and args[0].dim() == 3 and args[1].dim() == 2 and len(args[1]) in (1, len(args[0]))
 
 
 def _attention(original: Any) -> type:
@@ -98,6 +103,13 @@ def _attention(original: Any) -> type:
             return _run_attention(self, *args)
 
     return Fast
+
+
+def _serve_attention(self: Any, x: Tensor) -> Tensor:
+    """What the fast layer computes."""
+    if self.training and _drops_weights(self):
+        return original_class(self).forward(self, x)  # type: ignore[attr-defined, no-any-return]
+    return _run_attention(self, x)
 
 
 def _mlp(original: Any) -> type:
@@ -153,7 +165,9 @@ def _is_attention(obj: Any) -> bool:
 
 
 def _is_mlp(obj: Any) -> bool:
-    return _foreign(obj, "fc1", "act", "fc2") and isinstance(obj.fc1, nn.Linear) and isinstance(obj.fc2, nn.Linear)
+    if not (_foreign(obj, "fc1", "act", "fc2") and isinstance(obj.fc1, nn.Linear) and isinstance(obj.fc2, nn.Linear)):
+        return False
+    return obj.fc1.out_features == obj.fc2.in_features  # otherwise it is gated
 
 
 def _why_block(obj: Any) -> str | None:
@@ -168,7 +182,8 @@ def _why_final(obj: Any) -> str | None:
 
 def _why_attention(obj: Any) -> str | None:
     known = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
-    return extra_parts(obj, known) or disagreement(obj, obj.qkv.in_features, 1, _run_attention)
+    # Loud tokens have a softmax of zeros and ones, in which the roundings of large logits show.
+    return extra_parts(obj, known) or disagreement(obj, obj.qkv.in_features, 1, _serve_attention, loudness=1.0)
 
 
 def _why_mlp(obj: Any) -> str | None:

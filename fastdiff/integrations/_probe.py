@@ -2,7 +2,9 @@
 
 A layer that is recognised by its attribute names alone may do anything with them. So a copy of it gets random
 parameters (those of a fresh DiT are zero, and would hide any difference), runs its own forward and ours, and is left
-alone unless they agree. The layer itself is not called, no hook runs, and the random generators stay as they are.
+alone unless they agree: in evaluation, and in training with the same random numbers, where dropout by a function would
+otherwise go unnoticed. So is a layer whose forward keeps something for later (a map of attention, say): ours would not.
+The layer itself is not called, no hook runs, and the random generators stay as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from fastdiff.integrations._swap import original_class
 __all__ = ["disagreement", "extra_parts"]
 
 TOLERANCE = 2e-5  # float32, relative to the range of the output; another form of GELU is 1e-4 away
-_TOKENS = 16
+_TRIALS = ((False, 2, 16), (False, 1, 272), (True, 2, 16))  # training, samples, tokens
 
 
-def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[..., Any]) -> str | None:
+def disagreement(
+    module: nn.Module, width: int, inputs: int, forward: Callable[..., Any], *, loudness: float = 30.0
+) -> str | None:
     """Why `module` is not what `forward` computes, or None.
 
     Args:
@@ -30,6 +34,7 @@ def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[.
         width: of the tokens.
         inputs: 1 or 2.
         forward: ours, ``forward(module, tokens, condition)``.
+        loudness: standard deviation of the tokens in the long trial, which shows what is clamped, and windows.
     """
     kind: Any = original_class(module)
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -38,17 +43,26 @@ def disagreement(module: nn.Module, width: int, inputs: int, forward: Callable[.
         with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast(device.type, enabled=False):
             random = _Random(device)
             stand_in = _stand_in(module, random)
-            x = [random(2, _TOKENS, width), random(2, width)][:inputs]
-            theirs: Any = kind.forward(stand_in, *x)
-            ours: Any = forward(stand_in, *x)
-            if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
-                return f"its forward returns something else than one tensor {tuple(ours.shape)}"
-            apart = float((theirs - ours).abs().max() / theirs.abs().max())
+            for training, samples, tokens in _TRIALS:
+                size = loudness if samples == 1 else 1.0
+                x = [size * random(samples, tokens, width), random(samples, width)][:inputs]
+                stand_in.train(training)
+                before, states = _kept(stand_in), _states(devices)
+                theirs: Any = kind.forward(stand_in, *x)
+                kept = [name for name, held in _kept(stand_in).items() if before.get(name) != held]
+                if kept:
+                    return f"its forward sets attributes: {', '.join(kept)}"
+                _set_states(states)
+                ours: Any = forward(stand_in, *x)
+                if not isinstance(theirs, Tensor) or theirs.shape != ours.shape:
+                    return f"its forward returns something else than one tensor {tuple(ours.shape)}"
+                apart = float((theirs - ours).abs().max() / theirs.abs().max())
+                if not apart <= TOLERANCE:
+                    when = " in training" if training else ""
+                    return f"its forward is not the usual one{when}: outputs differ by {apart:.1e} of their range"
     except Exception as error:
         return f"its forward could not be tried out: {type(error).__name__}: {error}"
-    if apart <= TOLERANCE:
-        return None
-    return f"its forward is not the usual one: outputs differ by {apart:.1e} of their range"
+    return None
 
 
 def extra_parts(module: nn.Module, known: tuple[str, ...]) -> str | None:
@@ -69,8 +83,29 @@ class _Random:
         return torch.randn(shape, generator=self.generator, device="cpu").to(self.device)
 
 
+def _kept(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """What every attribute holds: which object, and how many of them if it is a collection."""
+    return {
+        name: (id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        for name, value in vars(module).items()
+    }
+
+
+def _states(devices: list[torch.device]) -> list[tuple[torch.device | None, Tensor]]:
+    """Of the generators that a layer draws from: the CPU's (None) and the devices'."""
+    return [(None, torch.get_rng_state()), *((device, torch.cuda.get_rng_state(device)) for device in devices)]
+
+
+def _set_states(states: list[tuple[torch.device | None, Tensor]]) -> None:
+    for device, state in states:
+        if device is None:
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, device)
+
+
 def _stand_in(module: nn.Module, random: _Random) -> Any:
-    """A copy in float32 and evaluation mode, with random parameters and without hooks."""
+    """A copy in float32, with random parameters and without hooks."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for name, value in vars(part).items():
@@ -80,4 +115,4 @@ def _stand_in(module: nn.Module, random: _Random) -> Any:
         # Large enough to show in the output, small enough to keep products in range.
         scale = p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3
         memo[id(p)] = nn.Parameter(scale * random(*p.shape), requires_grad=False)
-    return copy.deepcopy(module, memo).float().eval()
+    return copy.deepcopy(module, memo).float()

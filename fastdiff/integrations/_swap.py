@@ -59,11 +59,11 @@ def make_fast(obj: Any, handler: Handler) -> None:
 
 
 def make_slow(obj: Any) -> None:
-    """Gives `obj` its own class back.
+    """Gives `obj` its own class back; a class that somebody has derived from the fast one since is derived from that.
 
     Methods that somebody has taken from the fast object and kept in it (offloading wraps ``forward`` so) are exchanged.
     """
-    _CLASS.__set__(obj, original_class(obj))
+    _CLASS.__set__(obj, _slow_class(type(obj)))
     own = vars(obj)
     for name, method in own.items():
         if inspect.ismethod(method) and method.__self__ is obj and "forward" in name:
@@ -72,14 +72,34 @@ def make_slow(obj: Any) -> None:
 
 def handler_of(obj: Any) -> Handler | None:
     """Who made `obj` fast, if anyone did."""
-    handler: Handler | None = vars(type(obj)).get("_fastdiff_handler")
+    handler: Handler | None = getattr(_fast(type(obj)), "_fastdiff_handler", None)
     return handler
 
 
 def original_class(obj: Any) -> type:
     """The class of `obj` without us."""
-    cls: type = vars(type(obj)).get("_fastdiff_original", type(obj))
+    cls: type = getattr(_fast(type(obj)), "_fastdiff_original", type(obj))
     return cls
+
+
+def _fast(cls: type) -> type | None:
+    """The fast class that an object of class `cls` has its methods from.
+
+    Mostly `cls` itself; parametrisations of torch and FSDP give an object a class of its own, derived from that.
+    """
+    return next((base for base in cls.__mro__ if "_fastdiff_original" in vars(base)), None)
+
+
+def _slow_class(cls: type) -> type:
+    """`cls` with the original in place of the fast class among its bases."""
+    found: type | None = vars(cls).get("_fastdiff_original")
+    if found is not None:
+        return found
+    bases = tuple(map(_slow_class, cls.__bases__))
+    if bases == cls.__bases__:
+        return cls
+    contents = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, contents)
 
 
 @functools.cache
@@ -103,7 +123,8 @@ def _reduce(self: Any, protocol: Any) -> Any:
     """Copies and pickles of a fast object are fast: the class is made again where they are read."""
     original: Any = original_class(self)
     made, args, *rest = original.__reduce_ex__(self, protocol)
-    if made is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
+    own = type(self) is _fast(type(self))
+    if own and made is copyreg.__newobj__ and args == (type(self),):  # type: ignore[attr-defined]
         return (_new, (original, handler_of(self)), *rest)
     return (made, args, *rest)
 
