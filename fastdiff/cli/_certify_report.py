@@ -50,7 +50,9 @@ def orders_table(record: dict[str, Any]) -> Table:
     """Observed orders by solver and schedule: the range over prediction types."""
     schedules = [s for s in record["schedules"] if any(cell["schedule"] == s for cell in record["order"])]
     found = Table(("solver", *schedules), frozenset(schedules), title="observed order, float64")
-    for solver in record["promises"]:
+    for solver, promise in record["promises"].items():
+        if not promise["order"]:
+            continue  # a fixed number of steps, or no probability flow to follow
         row = [
             _range([c["order"] for c in record["order"] if c["solver"] == solver and c["schedule"] == name])
             for name in schedules
