@@ -19,7 +19,7 @@ _COLOURS = ("#3b6fb6", "#d1603d", "#2e9e5b", "#8a5fb0")
 
 
 def plot_budgets(budgets: Mapping[str, ErrorBudget], path: str | os.PathLike[str]) -> None:
-    """Bars of every source of every run, and the error along each run.
+    """Bars of every source of every run, and the error along each run, per element of the data.
 
     Args:
         budgets: by label, at most four.
@@ -28,24 +28,29 @@ def plot_budgets(budgets: Mapping[str, ErrorBudget], path: str | os.PathLike[str
     figure, (left, right) = _figure(2, (10.0, 3.9))
     width = 0.8 / len(budgets)
     for i, (label, budget) in enumerate(budgets.items()):
-        values = [budget.sources[name].w2 for name in SOURCES] + [budget.total.w2]
+        values = [w2 / budget.dimension**0.5 for w2 in _sources(budget)]
         position = np.arange(len(values)) + (i - (len(budgets) - 1) / 2) * width
         left.bar(position, values, width * 0.92, color=_COLOURS[i % 4], label=label)
-    positive = [v for b in budgets.values() for v in (*(s.w2 for s in b.sources.values()), b.total.w2) if v > 1e-12]
+    positive = [v / b.dimension**0.5 for b in budgets.values() for v in _sources(b) if v > 1e-12]
     if positive:
         left.set_yscale("log")
         left.set_ylim(min(positive) / 3, max(positive) * 3)
     left.set_xticks(range(len(SOURCES) + 1), [*SOURCES, "total"], rotation=20)
-    left.set(ylabel="W2", title="Error by source")
+    left.set(ylabel="W2 per element", title="Error by source")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2, fontsize=9)
     for i, (label, budget) in enumerate(budgets.items()):
         progress = np.linspace(0, 1, len(budget.steps))
-        along = np.maximum(budget.steps, 1e-16)
+        along = np.maximum(budget.steps, 1e-16) / budget.dimension**0.5
         right.plot(progress, along, color=_COLOURS[i % 4], label=label, linewidth=1.5, marker="o", markersize=2.5)
     right.set(yscale="log", xlabel="part of the run's steps", ylabel="W2 to the exact marginal", title="Along the run")
-    floor = min((v for b in budgets.values() for v in b.steps if v > 1e-10), default=1e-10)
+    floor = min((v / b.dimension**0.5 for b in budgets.values() for v in b.steps if v > 1e-10), default=1e-10)
     right.set_ylim(bottom=floor / 3)
     _save(figure, path)
+
+
+def _sources(budget: ErrorBudget) -> list[float]:
+    """W2 of every source, then of all together."""
+    return [*(budget.sources[name].w2 for name in SOURCES), budget.total.w2]
 
 
 def plot_score_error(report: ScoreErrorReport, path: str | os.PathLike[str]) -> None:
