@@ -54,7 +54,8 @@ class CFG(Guidance):
             arXiv:2404.07724).
         rescale: in [0, 1], how far to bring the standard deviation of a guided sample back to that of the conditional
             prediction (Lin et al. 2024, arXiv:2305.08891, eq. 14-16); 0.7 in the paper.
-        batched: ask for both predictions in one call where `uncond` is a tensor; otherwise always in two.
+        batched: ask for both predictions in one call where condition and `uncond` are tensors alike, with a row for every
+            sample; otherwise always in two.
     """
 
     guidance_scale: float = 4.0
@@ -77,13 +78,16 @@ class CFG(Guidance):
     def pair(self, model: Model, x: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         if cond is None:
             raise ValueError(f"[sample] cond: expected one with guidance_scale={self.guidance_scale}, got None")
-        if self.batched and _stackable(cond, self.uncond):
+        if self.batched and _stackable(cond, self.uncond, len(x)):
             both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, self.uncond]))
             pred, other = both.chunk(2)
             return pred, other
-        return model(x, t, cond), model(x, t, self.uncond)
+        pred, other = _apart(x, model(x, t, cond), model(x, t, self.uncond))
+        return pred, other
 
     def predict(self, model: Model, x: Tensor, t: Tensor, cond: Any, level: float) -> Tensor:
+        if len(x) and x[0].numel() < 2:
+            raise ValueError(f"[CFG] rescale: expected samples of at least two numbers, got a state {[*x.shape]}")
         pred, other = (_channels(p, x) for p in self.pair(model, x, t, cond))
         guided = ops.linear_update((self.guidance_scale, 1 - self.guidance_scale), (pred, other))
         over = tuple(range(1, x.dim()))
@@ -117,7 +121,8 @@ class AutoGuidance(Guidance):
         return self.guidance_scale if self.interval[0] < level <= self.interval[1] else 1.0
 
     def pair(self, model: Model, x: Tensor, t: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        return model(x, t, cond), self.weak(x, t, cond if self.conditional else None)
+        pred, other = _apart(x, model(x, t, cond), self.weak(x, t, cond if self.conditional else None))
+        return pred, other
 
 
 @dataclass(frozen=True)
@@ -187,18 +192,35 @@ class Regions(Guidance):
 
 def _ask(model: Model, x: Tensor, t: Tensor, conds: list[Any]) -> list[Tensor]:
     """The model under every condition: in one batch if the conditions can be stacked."""
-    if all(_stackable(conds[0], c) for c in conds):
+    if all(_stackable(conds[0], c, len(x)) for c in conds):
         n = len(conds)
         return list(model(torch.cat([x] * n), torch.cat([t] * n), torch.cat(conds)).chunk(n))
-    return [model(x, t, c) for c in conds]
+    return [*_apart(x, *(model(x, t, c) for c in conds))]
 
 
-def _stackable(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+def _apart(x: Tensor, *predictions: Tensor) -> tuple[Tensor, ...]:
+    """These predictions, if none of them was overwritten by the next; the model may give back its input every time."""
+    addresses = [p.data_ptr() for p in predictions if isinstance(p, Tensor) and p.numel()]
+    own = [address for address in addresses if address != x.data_ptr()]
+    if len(set(own)) < len(own):
+        raise ValueError(
+            "[sample] model: expected a prediction in memory of its own at every call, got one buffer for two "
+            "predictions of one guidance (clone the output of a model that reuses its buffers)"
+        )
+    return predictions
+
+
+def _stackable(a: Any, b: Any, batch: int) -> bool:
+    """Two tensors alike, with a row for every sample; others cannot be told apart in one batch."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    return a.shape == b.shape and a.dtype == b.dtype and a.shape[:1] == (batch,)
 
 
 def _channels(prediction: Tensor, x: Tensor) -> Tensor:
     """The prediction of a model that also predicts variances, in as many channels again."""
+    if not isinstance(prediction, Tensor):
+        raise ValueError(f"[sample] model: expected a prediction that is a tensor, got {type(prediction).__name__}")
     if prediction.dim() > 1 and prediction.shape[1] == 2 * x.shape[1] and prediction.shape[2:] == x.shape[2:]:
         prediction = prediction[:, : x.shape[1]]
     if prediction.shape != x.shape:

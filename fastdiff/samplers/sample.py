@@ -53,14 +53,16 @@ def sample(
 
     Args:
         model: ``model(x, t, cond) -> prediction`` with x [B, ...] and t [B], the times of the schedule in x's dtype
-            (float32 at least). A module is put into evaluation mode for the run. A prediction with twice the channels
-            of x is cut to its first half (the rest are variances). x is a buffer of the run: who keeps it, clones it.
+            (float32 at least). A module (and a weak one of guidance) is put into evaluation mode for the run. A
+            prediction with twice the channels of x is cut to its first half (the rest are variances). x is a buffer of
+            the run: who keeps it, clones it.
         noise: [B, ...], standard normal, any float dtype: the state is kept in it. For an inversion the data. It is
             not written to.
-        solver: a name in ``SOLVERS``, or ``"adaptive"`` (see :func:`fastdiff.samplers.adaptive.solve`).
+        solver: a name in ``SOLVERS``, or ``"adaptive"`` (see :func:`fastdiff.samplers.adaptive.solve`), which takes
+            no clip_sample, threshold or callback and shows no progress.
         schedule: from ``fastdiff.samplers.schedules``.
         steps: number of steps; not used by ``"adaptive"``.
-        plan: from :func:`make_plan`; replaces solver, schedule, steps, prediction and options.
+        plan: from :func:`make_plan`; replaces solver, schedule, steps and prediction, and allows no options.
         prediction: what the model predicts: ``"epsilon"``, ``"v"``, ``"sample"`` or ``"flow"``.
         cond: given to the model.
         uncond: given to the model in place of `cond` for the other prediction of guidance: None, or a negative
@@ -83,20 +85,29 @@ def sample(
         [B, ...], the last state, in noise's dtype.
 
     Raises:
-        ValueError: an argument is out of range, two exclude each other, or the model's output has another shape.
-        TypeError: the solver has no such option.
+        ValueError: an argument is out of range, two exclude each other, or the model's output has another shape or is
+            in memory that another output still needs.
+        TypeError: the solver has no such option, or options beside a plan.
     """
     _check(noise, guidance, guidance_scale, uncond, clip_sample, threshold)
+    if plan is not None and options:
+        raise TypeError(f"[sample] options: expected none beside a plan, which has its own, got {', '.join(options)}")
     if plan is None:
         if schedule is None:
             raise ValueError("[sample] schedule: expected a schedule, or a plan, got None")
         if solver == "adaptive":
+            for name, value in (("clip_sample", clip_sample), ("threshold", threshold), ("callback", callback)):
+                if value is not None:
+                    raise ValueError(f"[sample] {name}: expected None with solver='adaptive', got {value!r}")
             return _sample_adaptively(
                 model, noise, schedule, prediction, cond, guidance or _plain(guidance_scale, uncond), options
             )
         plan = make_plan(solver, schedule, steps, prediction=prediction, **options)
     form = guidance or _plain(guidance_scale, uncond)
-    with _evaluation_mode(model), progress_bar("sampling", plan.steps, enabled=progress) as report:
+    with (
+        _evaluation_mode(model, getattr(form, "weak", None)),
+        progress_bar("sampling", plan.steps, enabled=progress) as report,
+    ):
         return _run(model, noise, plan, cond, form, clip_sample, threshold, generator, callback, report)
 
 
@@ -119,7 +130,7 @@ def _run(
         if ("corrected",) not in plan.cache:
             plan.cache["corrected",] = plan.with_prediction("sample")
         plan = plan.cache["corrected",]
-    stages = asked.stages
+    stages = plan.stages  # an inversion for predicted data may start at a later time than the plan asked for
     levels: list[float] = []
     scales: tuple[float | None, ...] = (1.0,) * len(stages)
     if form is not None:
@@ -140,15 +151,17 @@ def _run(
         x, t, scale = store[update.x], times[i], scales[i]
         if scale == 1.0:
             m = model(x, t, cond)
+            if not isinstance(m, Tensor):
+                _channels(m, x)
         elif scale is None:
             m = form.predict(model, x, t, cond, levels[i])  # type: ignore[union-attr]
         else:
             m, u = form.pair(model, x, t, cond)  # type: ignore[union-attr]
-            u = u if u.shape == shape else _channels(u, x)
+            m, u = _channels(m, x), _channels(u, x)
             if fold:
-                store[update.u] = u
+                store[update.u] = u.clone() if u.data_ptr() == x.data_ptr() else u
             else:
-                m = update_state((scale, 1.0 - scale), (m if m.shape == shape else _channels(m, x), u))
+                m = update_state((scale, 1.0 - scale), (m, u))
         if m.shape != shape:
             m = _channels(m, x)
         if corrected:
@@ -185,10 +198,14 @@ def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
     """The time of every stage as [B], in at least float32; kept with the plan, so that only its first run copies."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     key = ("times", dtype, like.device, len(like))
-    if key not in plan.cache:
-        times = plan.tables().times.to(dtype).to(like.device)
-        plan.cache[key] = times[:, None].repeat(1, len(like)).unbind(0)
-    rows: Sequence[Tensor] = plan.cache[key]
+    rows: Sequence[Tensor] | None = plan.cache.get(key)
+    # A model may write into the times it is given (which counts their version up): the next run makes them anew.
+    if not rows or rows[0]._version != plan.cache["version", *key]:
+        with torch.inference_mode(False):  # the rows also serve runs outside of inference mode
+            times = plan.tables().times.to(dtype).to(like.device)
+            rows = times[:, None].repeat(1, len(like)).unbind(0)
+        plan.cache["version", *key] = rows[0]._version
+        plan.cache[key] = rows
     return rows
 
 
@@ -217,7 +234,7 @@ def _check(
 
 def _clamped(data: Tensor, clip: float | None, threshold: float | None) -> Tensor:
     if threshold is not None:
-        flat = data.flatten(1).to(torch.promote_types(data.dtype, torch.float32)).abs()
+        flat = data.reshape(len(data), -1).to(torch.promote_types(data.dtype, torch.float32)).abs()
         bound = torch.quantile(flat, threshold, dim=1).clamp(min=1.0).to(data.dtype)
         bound = bound.reshape(-1, *[1] * (data.dim() - 1))
         data = data.clamp(-bound, bound) / bound
@@ -246,9 +263,10 @@ def _noise_source(like: Tensor, generator: Generators) -> Callable[[], Tensor]:
 
 
 @contextmanager
-def _evaluation_mode(model: object) -> Iterator[None]:
-    """A module's parts that train are put into evaluation mode, and these alone back."""
-    training = [part for part in model.modules() if part.training] if isinstance(model, nn.Module) else []
+def _evaluation_mode(*models: object) -> Iterator[None]:
+    """Parts of modules that train are put into evaluation mode, and these alone back."""
+    modules = [model for model in models if isinstance(model, nn.Module)]
+    training = [part for module in modules for part in module.modules() if part.training]
     for part in training:
         part.training = False
     try:
@@ -276,5 +294,5 @@ def _sample_adaptively(
         pred, other = (_channels(p, x) for p in form.pair(model, x, t, cond))  # type: ignore[union-attr]
         return ops.linear_update((scale, 1.0 - scale), (pred, other))
 
-    with _evaluation_mode(model):
+    with _evaluation_mode(model, getattr(form, "weak", None)):
         return solve(guided, noise, schedule, prediction=prediction, **options).final
