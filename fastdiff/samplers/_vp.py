@@ -25,11 +25,14 @@ def beta_values(betas: str | Sequence[float] | Tensor, T: int, first: float | No
         require("vp", bool(((values > 0) & (values < 1)).all()), "betas", "values in (0, 1)", values)
         return values
     if betas == "linear":
-        return np.linspace(1e-4 if first is None else first, 0.02 if last is None else last, T)
-    if betas == "scaled_linear":
+        low, high = 1e-4 if first is None else first, 0.02 if last is None else last
+    elif betas == "scaled_linear":
         low, high = 8.5e-4 if first is None else first, 0.012 if last is None else last
-        return np.linspace(low**0.5, high**0.5, T) ** 2
-    raise ValueError(f"[vp] betas: expected 'linear', 'scaled_linear', 'cosine' or numbers, got {betas!r}")
+    else:
+        raise ValueError(f"[vp] betas: expected 'linear', 'scaled_linear', 'cosine' or numbers, got {betas!r}")
+    require("vp", 0 < low < 1, "beta_start", "a number in (0, 1)", low)
+    require("vp", 0 < high < 1, "beta_end", "a number in (0, 1)", high)
+    return np.linspace(low, high, T) if betas == "linear" else np.linspace(low**0.5, high**0.5, T) ** 2
 
 
 Function = Callable[[Any], Any]  # of a float, an array or a tensor

@@ -49,7 +49,8 @@ class Trajectory:
 
     Attributes:
         times: accepted times, first to last.
-        final: the state at the last time.
+        final: the state at the last time; of :func:`solve` the sample, one step to data further on if the schedule goes
+            on to sigma = 0.
         nfe: evaluations of the right-hand side.
         rejected: steps that were tried and not taken.
     """
@@ -249,7 +250,7 @@ def _error(y: State, new: State, slopes: Sequence[State], h: float, rtol: float,
     for j, (before, after) in enumerate(zip(y, new, strict=True)):
         difference = ops.linear_update([h * _ERROR[i] for i in used], [slopes[i][j] for i in used])
         scale = torch.maximum(before.abs(), after.abs()) * rtol + atol
-        worst.append((difference / scale).square().reshape(len(before), -1).mean(1).max().double())
+        worst.append((difference / scale).detach().square().reshape(len(before), -1).mean(1).max().double())
     return math.sqrt(float(torch.stack(worst).max()))
 
 
@@ -258,7 +259,7 @@ def _first_step(y: State, slope: State, span: float, rtol: float, atol: float) -
     sizes = []
     for part in (y, slope):
         norms = [
-            (p.abs() / (b.abs() * rtol + atol)).square().reshape(len(p), -1).mean(1).max().double()
+            (p.abs() / (b.abs() * rtol + atol)).detach().square().reshape(len(p), -1).mean(1).max().double()
             for p, b in zip(part, y, strict=True)
         ]
         sizes.append(math.sqrt(float(torch.stack(norms).max())))

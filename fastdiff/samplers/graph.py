@@ -62,9 +62,9 @@ class GraphedRun:
             raise ValueError(f"[GraphedRun] noise: expected {expected}, got {got}")
         self._noise.copy_(noise)
         if cond is not None:
-            if self._cond is None or cond.shape != self._cond.shape:
-                expected = "None" if self._cond is None else str([*self._cond.shape])
-                raise ValueError(f"[GraphedRun] cond: expected {expected}, got {[*cond.shape]}")
+            if self._cond is None or cond.shape != self._cond.shape or cond.dtype != self._cond.dtype:
+                expected = "None" if self._cond is None else f"{self._cond.dtype} {[*self._cond.shape]}"
+                raise ValueError(f"[GraphedRun] cond: expected {expected}, got {cond.dtype} {[*cond.shape]}")
             self._cond.copy_(cond)
         self._graph.replay()
         return self._result.clone()

@@ -54,8 +54,8 @@ class CFG(Guidance):
             arXiv:2404.07724).
         rescale: in [0, 1], how far to bring the standard deviation of a guided sample back to that of the conditional
             prediction (Lin et al. 2024, arXiv:2305.08891, eq. 14-16); 0.7 in the paper.
-        batched: ask for both predictions in one call where condition and `uncond` are tensors alike, with a row for every
-            sample; otherwise always in two.
+        batched: ask for both predictions in one call where condition and `uncond` are tensors alike, with a row for
+            every sample; otherwise always in two.
     """
 
     guidance_scale: float = 4.0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.samplers.adaptive import _initial_scale, _Solution, ode_times, solve_ode, velocity_factors
+from fastdiff.samplers.guidance import _channels
 from fastdiff.samplers.plan import PREDICTIONS
 from fastdiff.samplers.sample import _evaluation_mode
 from fastdiff.samplers.schedules import Schedule
@@ -79,14 +80,14 @@ def log_likelihood(
         max_steps: give up after so many steps.
 
     Raises:
-        ValueError: an argument is not one of these or out of range.
+        ValueError: an argument is not one of these or out of range, or the prediction has another shape or no gradient.
         RuntimeError: the tolerance is not met, or the model is not finite.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"[log_likelihood] prediction: expected one of {PREDICTIONS}, got {prediction!r}")
     if trace not in ("hutchinson", "exact"):
         raise ValueError(f"[log_likelihood] trace: expected 'hutchinson' or 'exact', got {trace!r}")
-    if probes < 1:
+    if not isinstance(probes, int) or probes < 1:
         raise ValueError(f"[log_likelihood] probes: expected at least 1, got {probes!r}")
     if data.dtype not in (torch.float32, torch.float64) or data.dim() < 2:
         raise ValueError(
@@ -105,7 +106,7 @@ def log_likelihood(
         p, q = velocity_factors(schedule, prediction, t)
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            pred = model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), cond)
+            pred = _channels(model(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device), cond), x).to(x.dtype)
             divergence = _divergence(pred, x, signs)
         count += 1
         velocity = ops.linear_update((p, q), (x.detach(), pred.detach()))
@@ -125,17 +126,17 @@ def log_likelihood(
 def _divergence(pred: Tensor, x: Tensor, signs: Tensor | None) -> Tensor:
     """[B]: the trace of d pred / d x of every sample, exact or by probes."""
     if not pred.requires_grad:
-        return x.new_zeros(len(x))
+        raise ValueError("[log_likelihood] model: expected a prediction with gradients in x, got one without any")
     total = x.new_zeros(len(x))
     if signs is not None:
         for i, probe in enumerate(signs):
-            (product,) = torch.autograd.grad(pred, x, probe, retain_graph=i + 1 < len(signs))
+            (product,) = torch.autograd.grad(pred, x, probe, retain_graph=i + 1 < len(signs), materialize_grads=True)
             total = total + (product * probe).flatten(1).sum(1)
         return total / len(signs)
     size = x[0].numel()
     for i in range(size):
         unit = torch.zeros_like(pred).flatten(1)
         unit[:, i] = 1.0
-        (product,) = torch.autograd.grad(pred, x, unit.view_as(pred), retain_graph=i + 1 < size)
+        (product,) = torch.autograd.grad(pred, x, unit.view_as(pred), retain_graph=i + 1 < size, materialize_grads=True)
         total = total + product.flatten(1)[:, i]
     return total

@@ -9,8 +9,9 @@ noise with known coefficients. It is immutable, holds no tensors of the run, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -53,7 +54,6 @@ class Plan:
         solver: its name.
         schedule: the schedule.
         prediction: what the model predicts.
-        times: [steps + 1] float64, first to last: noise to data, or data to noise for an inversion.
         stages: one for every evaluation of the model, in order.
         options: the solver's options.
         interpolation: ``"lambda"`` or ``"bounded"``, see :func:`make_plan`.
@@ -61,13 +61,12 @@ class Plan:
         stochastic: it draws noise.
         initial_scale: the factor that makes standard normal noise a state at ``times[0]``: sigma there for EDM and
             flows, 1 for VP schedules, whose states have unit variance, and for an inversion.
-        step_times: `times` as numbers.
+        step_times: the times of the run, first to last: noise to data, or data to noise for an inversion.
     """
 
     solver: str
     schedule: Schedule
     prediction: str
-    times: Tensor
     stages: tuple[Stage, ...]
     options: Mapping[str, Any]
     interpolation: str
@@ -75,7 +74,20 @@ class Plan:
     stochastic: bool
     initial_scale: float
     step_times: tuple[float, ...]
-    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made of the arguments; what was kept for a device stays behind."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return Plan, (*{**values, "options": dict(self.options)}.values(),)
+
+    @property
+    def times(self) -> Tensor:
+        """[steps + 1] float64, `step_times` as a new tensor."""
+        return torch.tensor(self.step_times, dtype=torch.float64)
 
     @property
     def steps(self) -> int:
@@ -124,7 +136,7 @@ def make_plan(
     steps: int | None,
     *,
     prediction: str = "epsilon",
-    times: Tensor | None = None,
+    times: Tensor | Sequence[float] | None = None,
     interpolation: str = "auto",
     **options: Any,
 ) -> Plan:
@@ -164,10 +176,15 @@ def make_plan(
         if steps is None:
             raise ValueError("[make_plan] steps: expected a number of steps, or times, got None")
         times = schedule.times(steps)
-    times = times.detach().to("cpu", torch.float64, copy=True)
+    times = torch.as_tensor(times, dtype=torch.float64).detach().to("cpu", copy=True)
     if times.dim() != 1 or len(times) < 2 or (steps is not None and len(times) != steps + 1):
         expected = "[steps + 1], steps at least 1" if steps is None else f"[{steps + 1}]"
         raise ValueError(f"[make_plan] times: expected shape {expected}, got {list(times.shape)}")
+    low, high = schedule._range
+    if not bool(((times >= low) & (times <= high)).all()):
+        raise ValueError(
+            f"[make_plan] times: expected times of the schedule, {low:g} to {high:g}, got {times.tolist()}"
+        )
     forward = _falls(schedule, times)
     if not forward and known.stochastic:
         raise ValueError(f"[make_plan] times: expected noise that falls with {solver!r}, got {times.tolist()}")
@@ -194,9 +211,7 @@ def make_plan(
     stochastic = any(kind == "n" for stage in stages for (kind, _), _ in stage.terms)
     scale = 1.0 if not forward or schedule.kind == "vp" else points[0].sigma
     ends = tuple(p.t for p in points)
-    return Plan(
-        solver, schedule, prediction, times, stages, dict(options), interpolation, forward, stochastic, scale, ends
-    )
+    return Plan(solver, schedule, prediction, stages, options, interpolation, forward, stochastic, scale, ends)
 
 
 def _falls(schedule: Schedule, times: Tensor) -> bool:

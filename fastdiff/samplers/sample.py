@@ -200,11 +200,11 @@ def time_rows(plan: Plan, like: Tensor) -> Sequence[Tensor]:
     key = ("times", dtype, like.device, len(like))
     rows: Sequence[Tensor] | None = plan.cache.get(key)
     # A model may write into the times it is given (which counts their version up): the next run makes them anew.
-    if not rows or rows[0]._version != plan.cache["version", *key]:
+    if not rows or rows[0]._version != plan.cache["version", key]:
         with torch.inference_mode(False):  # the rows also serve runs outside of inference mode
             times = plan.tables().times.to(dtype).to(like.device)
             rows = times[:, None].repeat(1, len(like)).unbind(0)
-        plan.cache["version", *key] = rows[0]._version
+        plan.cache["version", key] = rows[0]._version
         plan.cache[key] = rows
     return rows
 

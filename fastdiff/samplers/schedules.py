@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,6 +62,8 @@ class Schedule:
     _rates: Callable[[Any], tuple[Any, Any]]
     _time_at: Callable[[Any], Any]
     _grid: Callable[[int], np.ndarray]
+    _range: tuple[float, float]  # of times that alpha and sigma are defined at
+    _made_by: tuple[Callable[..., Schedule], tuple[Any, ...]]
 
     def alpha(self, t: Time) -> Time:
         """The factor of the data at time t, a number or a tensor of any shape, in float64."""
@@ -111,6 +114,10 @@ class Schedule:
         t = torch.as_tensor(t, dtype=torch.float64, device=data.device)
         return ops.linear_update((self.alpha(t), self.sigma(t)), (data, noise))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew: a schedule consists of functions."""
+        return self._made_by
+
     def __repr__(self) -> str:
         return f"Schedule({self.name})"
 
@@ -149,12 +156,17 @@ def vp(
     Raises:
         ValueError: an option is not one of these, or out of range.
     """
-    require("vp", num_train_timesteps >= 2, "num_train_timesteps", "at least 2", num_train_timesteps)
+    whole = num_train_timesteps == int(num_train_timesteps)
+    require("vp", whole and num_train_timesteps >= 2, "num_train_timesteps", "at least 2", num_train_timesteps)
     require("vp", spacing in SPACINGS, "spacing", f"one of {SPACINGS}", spacing)
     require("vp", final in ("zero", "min"), "final", "'zero' or 'min'", final)
-    T = num_train_timesteps
+    require("vp", 0 < rho < math.inf, "rho", "above 0", rho)
+    T = int(num_train_timesteps)
     name = betas if isinstance(betas, str) else "given"
     start = float(T - 1)
+    if name in ("cosine", "given"):
+        for argument, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+            require("vp", value is None, argument, f"None with {name} betas", value)
     if name == "cosine":
         log_alpha, log_alpha_rate, start = cosine_log_alpha(T)
     else:
@@ -209,7 +221,12 @@ def vp(
         return np.append(points, end)
 
     text = f"vp {name} {spacing} {final}" + (" zero_terminal_snr" if zero_terminal_snr else "")
-    return Schedule(text, "vp", start, end, 0.0, spacing == "karras", levels, rates, time_at, grid)
+    given = betas if isinstance(betas, str) else torch.as_tensor(betas, dtype=torch.float64).tolist()
+    options = {"beta_start": beta_start, "beta_end": beta_end, "rho": rho, "zero_terminal_snr": zero_terminal_snr}
+    made_by = partial(vp, **options), (given, T, spacing, final)
+    return Schedule(
+        text, "vp", start, end, 0.0, spacing == "karras", levels, rates, time_at, grid, (-1.0, T - 1.0), made_by
+    )
 
 
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, final: str = "zero") -> Schedule:
@@ -225,7 +242,7 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, 
         ValueError: an option is out of range.
     """
     require("edm", 0 < sigma_min < sigma_max < math.inf, "sigma_min", f"in (0, sigma_max={sigma_max})", sigma_min)
-    require("edm", rho > 0, "rho", "above 0", rho)
+    require("edm", 0 < rho < math.inf, "rho", "above 0", rho)
     require("edm", final in ("zero", "min"), "final", "'zero' or 'min'", final)
 
     def levels(t: Any) -> tuple[Any, Any]:
@@ -239,8 +256,9 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, *, 
 
     text = f"edm {sigma_min:g}..{sigma_max:g} rho {rho:g} {final}"
     return Schedule(
-        text, "edm", sigma_max, 0.0, sigma_min, True, levels, rates, lambda ratio: np.minimum(ratio, sigma_max), grid
-    )
+        text, "edm", sigma_max, 0.0, sigma_min, True, levels, rates, lambda ratio: np.minimum(ratio, sigma_max), grid,
+        (0.0, math.inf), (partial(edm, final=final), (sigma_min, sigma_max, rho)),
+    )  # fmt: skip
 
 
 def flow(shift: float = 1.0) -> Schedule:
@@ -253,7 +271,7 @@ def flow(shift: float = 1.0) -> Schedule:
     Raises:
         ValueError: the shift is not above 0.
     """
-    require("flow", shift > 0, "shift", "above 0", shift)
+    require("flow", 0 < shift < math.inf, "shift", "above 0", shift)
 
     def levels(t: Any) -> tuple[Any, Any]:
         return t, 1 - t
@@ -266,7 +284,10 @@ def flow(shift: float = 1.0) -> Schedule:
         # t = 1 - shift s / (1 + (shift - 1) s) with s = 1 - k / N, without the cancellation.
         return k / (k + shift * (steps - k))
 
-    return Schedule(f"flow shift {shift:g}", "flow", 0.0, 1.0, 1.0, False, levels, rates, lambda r: 1 / (1 + r), grid)
+    return Schedule(
+        f"flow shift {shift:g}", "flow", 0.0, 1.0, 1.0, False, levels, rates, lambda r: 1 / (1 + r), grid, (0.0, 1.0),
+        (flow, (shift,)),
+    )  # fmt: skip
 
 
 def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
@@ -285,6 +306,9 @@ def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
     """
     points = torch.as_tensor(times, dtype=torch.float64).cpu().flatten()
     require("from_times", len(points) >= 2, "times", "at least two", len(points))
+    low, high = schedule._range
+    inside = bool(((points >= low) & (points <= high)).all())
+    require("from_times", inside, "times", f"times of the schedule, {low:g} to {high:g}", points.tolist())
     alpha, sigma = schedule.alpha(points), schedule.sigma(points)
     angle = torch.atan2(sigma, alpha)
     require("from_times", bool((angle.diff() < 0).all()), "times", "sigma / alpha to fall", points.tolist())
@@ -305,7 +329,7 @@ def from_times(schedule: Schedule, times: Sequence[float] | Tensor) -> Schedule:
     name = f"{schedule.name} on {len(points)} times"
     return Schedule(
         name, schedule.kind, float(points[0]), schedule.end, schedule.last, False, schedule._levels,
-        schedule._rates, schedule._time_at, grid,
+        schedule._rates, schedule._time_at, grid, schedule._range, (from_times, (schedule, points.tolist())),
     )  # fmt: skip
 
 

@@ -11,6 +11,9 @@ __all__ = ["ddim", "ddpm", "euler", "euler_ancestral"]
 
 def ddim(run: Run, eta: float = 0.0) -> tuple[Stage, ...]:
     """Song, Meng & Ermon 2021 (arXiv:2010.02502), eq. 12 and 16; eta = 0 is deterministic, 1 the posterior of DDPM."""
+    if not 0.0 <= eta <= 1.0 or (eta > 0.0 and not run.forward):
+        expected = "a number in [0, 1]" if run.forward else "0 for an inversion"
+        raise ValueError(f"[make_plan] eta: expected {expected}, got {eta!r}")
     x = run.start
     for now, to in zip(run.points[:-1], run.points[1:], strict=True):
         e = run.evaluate(x, now)

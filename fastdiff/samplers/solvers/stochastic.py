@@ -82,6 +82,14 @@ def restart(run: Run, intervals: tuple[Interval, ...] = ((0.06, 0.3, 2, 3),), rh
     Each interval is (least, most, times, steps) with levels in sigma / alpha: when the run has come to the time
     nearest to `least`, noise lifts it to `most` and it comes back in so many steps, so many times over.
     """
+    for interval in intervals:
+        least, most, times, count = interval
+        whole = all(isinstance(n, int) and n >= 1 for n in (times, count))
+        if not 0.0 < least < most < math.inf or not whole:
+            expected = "(least, most, times, steps) with 0 < least < most and integers of at least 1"
+            raise ValueError(f"[make_plan] intervals: expected {expected}, got {interval!r}")
+    if not 0.0 < rho < math.inf:
+        raise ValueError(f"[make_plan] rho: expected a number above 0, got {rho!r}")
     ratios = [p.sigma / p.alpha if p.alpha else math.inf for p in run.points]
     at: dict[int, list[Interval]] = {}
     for interval in intervals:
