@@ -222,7 +222,12 @@ def vp(
 
     text = f"vp {name} {spacing} {final}" + (" zero_terminal_snr" if zero_terminal_snr else "")
     given = betas if isinstance(betas, str) else torch.as_tensor(betas, dtype=torch.float64).tolist()
-    options = {"beta_start": beta_start, "beta_end": beta_end, "rho": rho, "zero_terminal_snr": zero_terminal_snr}
+    options: dict[str, Any] = {
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "rho": rho,
+        "zero_terminal_snr": zero_terminal_snr,
+    }
     made_by = partial(vp, **options), (given, T, spacing, final)
     return Schedule(
         text, "vp", start, end, 0.0, spacing == "karras", levels, rates, time_at, grid, (-1.0, T - 1.0), made_by
