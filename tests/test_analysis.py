@@ -43,6 +43,13 @@ def test_path_kl_has_slope_one_and_is_never_less():
     assert all(p >= fa.ou_marginal_kl(HALF, t) for p, t in zip(values, times, strict=True))
 
 
+def test_path_kl_of_a_long_run_is_finite():
+    """e^2T is beyond float64; the part before T = 6, of data that is pure noise by then, is that of N(0, 1)."""
+    late = torch.linspace(406, 6, 2001, dtype=torch.float64)
+    unit = fa.ou_path_kl(fa.GaussianOracle(torch.zeros(1), std=1.0), late)
+    assert fa.ou_path_kl(HALF, late) == pytest.approx(unit, rel=1e-4)
+
+
 def test_the_grid_that_gains_360_times():
     uniform = fa.ou_marginal_kl(NARROW, fa.ou_times(6.0, 100, delta=1e-3))
     half = fa.ou_marginal_kl(NARROW, fa.ou_times(6.0, 100, delta=1e-3, grid="half_geometric"))
@@ -236,6 +243,16 @@ def test_intervals_cover_as_often_as_they_say():
     assert 270 <= covered <= 297
 
 
+def test_a_time_without_an_answer_is_the_worst():
+    def model(x, t):
+        return torch.where(t > 0.6, math.nan, 1.0)[:, None] * x
+
+    report = fa.analyze_score_estimation_error(
+        model, SPECTRUM, SPECTRUM.sample(5), [0.2, 0.8], schedule=schedules.flow()
+    )
+    assert report.worst.t == 0.8 and math.isnan(report.mean)
+
+
 def test_conditions_follow_their_data():
     mixture = fa.MixtureOracle(torch.ones(2), torch.tensor([[-2.0], [2.0]]), torch.tensor([0.3, 0.3]))
     labels = torch.tensor([0, 1]).repeat(20)
@@ -310,6 +327,13 @@ def test_w2_of_samples_against_all_permutations():
         assert fa.w2(x, y) == pytest.approx(best**0.5, rel=1e-5)
 
 
+def test_w2_of_samples_far_from_zero_is_exact():
+    pytest.importorskip("scipy")
+    x = 1e3 + torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert fa.w2(x, x.flip(0)) == 0.0
+    assert fa.w2(x, x + 1e-4) == pytest.approx(1e-4 * 3**0.5, rel=1e-6)
+
+
 def test_w2_without_scipy_says_what_is_missing(monkeypatch):
     import sys
 
@@ -364,6 +388,10 @@ def test_sample_complexity_finds_the_rate_of_a_mean():
     assert result.rate_low < 1.0 < result.rate_high and result.rate_high - result.rate_low < 0.3
     assert all(lo < 1 / n < hi for n, lo, hi in zip(result.sizes, result.lows, result.highs, strict=True))
     assert result.samples_for(1e-4) == pytest.approx(1e4, rel=0.5)
+    flat = fa.sample_complexity(lambda n, s: 1.0 - 1e-4 * math.log(n) + 1e-6 * (s % 3), [1, 10, 100])
+    assert flat.rate > 0 and flat.samples_for(1e-9) == math.inf
+    with pytest.raises(ValueError, match=r"\[SampleComplexity\] error"):
+        result.samples_for(-1.0)
 
 
 def test_student_intervals():
@@ -440,6 +468,18 @@ def test_recommendation_is_better_and_costs_no_more():
     assert reached == [False, True]
 
 
+def test_steps_for_reaches_the_most_steps_allowed():
+    flow = schedules.flow()
+    costs = [
+        fa.Candidate("ddim", "", plan, fa.error_budget(SPECTRUM, plan)).cost
+        for plan in (make_plan("ddim", flow, n, prediction="flow") for n in (17, 18, 19))
+    ]
+    least = [fa.steps_for(SPECTRUM, flow, "ddim", cost, prediction="flow", most=19) for cost in costs]
+    assert least == [17, 18, 19]
+    assert fa.steps_for(SPECTRUM, flow, "ddim", costs[-1] * 0.99, prediction="flow", most=19) is None
+    assert fa.steps_for(SPECTRUM, flow, "ddim", math.inf, prediction="flow", most=1) == 1
+
+
 def test_pictures_are_whole_files(tmp_path):
     flow = schedules.flow()
     report = fa.analyze_score_estimation_error(
@@ -466,6 +506,12 @@ def test_pictures_are_whole_files(tmp_path):
             "noise to data",
         ),
         (lambda: fa.ou_times(1.0, 3, delta=2.0), r"\[ou_times\] T, delta"),
+        (lambda: fa.ou_times(math.inf, 3), r"\[ou_times\] T, delta"),
+        (
+            lambda: fa.better_runs(HALF, {"flow": schedules.flow()}, 3, prediction="flow", solvers=("rk4",)),
+            "nfe: expected at least 4",
+        ),
+        (lambda: fa.steps_for(HALF, schedules.flow(), "ddim", 1.0, most=0), r"\[steps_for\] most"),
         (lambda: fa.ou_exponential_integrator(torch.tensor([0.0, 1.0])), "falling times"),
         (lambda: fa.w2(torch.zeros(3), torch.zeros(4)), r"\[w2_squared\] y"),
         (lambda: fa.mmd_squared(torch.zeros(3), torch.zeros(4), [0.0]), "bandwidths"),

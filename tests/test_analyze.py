@@ -68,6 +68,28 @@ def test_optimised_times_are_among_the_candidates(tmp_path):
     assert len(record["recommended"]["times"]) == record["recommended"]["steps"] + 1
 
 
+def test_a_folder_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(fa, "better_runs", lambda *args, **kwargs: pytest.fail("worked for nothing"))
+    result = run(*QUICK, "--json", out=tmp_path / "file" / "new")
+    assert result.exit_code == 1 and "--out: expected a folder" in json.loads(result.stdout)["error"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_smaller_total_that_is_luck_is_not_sold_as_a_loss(tmp_path):
+    """Runs are ranked by the sum of their sources; the given run's may cancel, to a smaller total."""
+    from fastdiff.cli.analyze import _summary
+
+    def row(total, *sources):
+        sources = {name: {"w2": w2} for name, w2 in zip(fa.SOURCES, sources, strict=True)}
+        where = {"solver": "ddim", "schedule": "flow", "steps": 8, "nfe": 8, "dominating": "discretisation"}
+        return {**where, "sources": sources, "total": {"w2": total}}
+
+    results = {"given": row(0.1, 0, 0.5, 0.4, 0), "recommended": row(0.2, 0, 0.3, 0, 0), "advice": ""}
+    line = _summary({**results, "steps_to_match": None, "candidates": []})[1]
+    assert "sum of sources 3 times smaller" in line and "W2 0.5" not in line
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -78,6 +100,9 @@ def test_optimised_times_are_among_the_candidates(tmp_path):
         (("--spectrum", "power:x"), "--spectrum"),
         (("--spectrum", "1,-1"), "--spectrum"),
         (("--score-error", "nan"), "--score-error"),
+        (("--betas", "cosine"), "--betas: expected only with --schedule vp"),
+        (("--schedule", "vp", "--sigma-max", "3"), "--sigma-max"),
+        (("--schedule", "edm", "--shift", "3"), "--shift"),
     ],
 )
 def test_wrong_options_exit_with_1_and_write_nothing(tmp_path, options, message):

@@ -142,6 +142,25 @@ def test_an_unknown_solver_is_refused() -> None:
     assert "expected one of ddim" in record["error"] and "nonsense" in record["error"]
 
 
+def test_a_folder_that_cannot_be_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(_certify_engine, "certify", lambda **options: pytest.fail("worked for nothing"))
+    code, record = certify("--solver", "euler", "--out", str(tmp_path / "file"))
+    assert code == 1 and "--out: expected a folder" in record["error"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_page_states_what_is_promised_off_the_reference_schedule() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "certificate.md").read_text(encoding="utf-8")
+    assert _certify_engine.METHOD in page
+    head = next(line for line in page.splitlines() if line.startswith("| solver | promised"))
+    place = head.split(" | ").index("elsewhere")
+    for solver, promise in PROMISES.items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| {solver} | "))
+        cell = line.split(" | ")[place]
+        assert cell == (promise.text(reference=False) if promise.order else "–")
+
+
 def test_the_fit_finds_the_order_and_leaves_rounding_out() -> None:
     points = [(n, 7.0 * n**-3.0) for n in (20, 40, 80, 160)]
     assert fit(points, floor=1e-30).order == pytest.approx(3, abs=1e-9)

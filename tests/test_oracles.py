@@ -196,6 +196,9 @@ def test_numbers_stand_for_any_shape():
     )
     torch.testing.assert_close(pair.predict(x, 0.6, 0.8, "v"), wide.predict(x, 0.6, 0.8, "v"))
     assert pair.sample(5, shape=(2, 3)).shape == (5, 2, 3) and pair.sample(5).shape == (5,)
+    mean, cov = pair.moments(0.6, 0.8)
+    assert mean.shape == () and float(mean) == 0.0
+    assert float(cov) == pytest.approx(0.36 * (1 + (0.04 + 0.16) / 2) + 0.64)
 
 
 def test_limits_of_the_levels():
@@ -205,6 +208,8 @@ def test_limits_of_the_levels():
         mean = oracle.moments()[0].expand_as(x)
         torch.testing.assert_close(oracle.denoise(x, 0.0, 1.0), mean)
         assert oracle.denoise(x[:0], 0.5, 0.5).shape == (0, 2, 3)
+    flat = GaussianOracle(torch.tensor([0.3, 0.4]), std=torch.tensor([0.0, 1.0]))
+    assert torch.equal(flat.denoise(flat.mean[None], 1.0, 0.0), flat.mean[None])
 
 
 @pytest.mark.parametrize(
@@ -216,7 +221,15 @@ def test_limits_of_the_levels():
         (lambda: GaussianOracle(torch.zeros(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]])), "a symmetric matrix"),
         (lambda: GaussianOracle(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]])), "no negative eigenvalue"),
         (lambda: MixtureOracle(torch.zeros(2), torch.zeros(2), torch.ones(2)), r"\[MixtureOracle\] weights: expected"),
+        (
+            lambda: MixtureOracle(torch.tensor([1.0, math.inf]), torch.zeros(2), torch.ones(2)),
+            r"weights: .* got \[1.0, inf",
+        ),
         (lambda: MixtureOracle(torch.ones(2), torch.zeros(3), torch.ones(2)), r"\[MixtureOracle\] means: expected"),
+        (
+            lambda: ORACLES["mixture"].noise(torch.zeros(2, 2, 3), 0.5, 0.5, torch.tensor([0, 3])),
+            r"\[MixtureOracle\] cond: expected components 0 to 2, got \[0, 3\]",
+        ),
         (lambda: ORACLES["full"].denoise(torch.zeros(2, 6), 0.5, 0.5), r"\[GaussianOracle\] x: expected"),
         (lambda: ORACLES["mixture"].predict(torch.zeros(2, 2, 3), 0.5, 0.5, "x0"), r"prediction: expected one of"),
         (

@@ -115,8 +115,15 @@ class SampleComplexity:
         return asdict(self)
 
     def samples_for(self, error: float) -> float:
-        """The number of samples at which the fitted line reaches an error (infinite if it does not fall)."""
-        return math.inf if self.rate <= 0 else (self.constant / error) ** (1 / self.rate)
+        """The number of samples at which the fitted line reaches an error (infinite if it does not fall).
+
+        Raises:
+            ValueError: an error that is not a positive number.
+        """
+        if not error > 0:
+            raise ValueError(f"[SampleComplexity] error: expected a number > 0, got {error}")
+        exponent = math.log(self.constant / error) / self.rate if self.rate > 0 else math.inf
+        return math.exp(exponent) if exponent < 700 else math.inf
 
 
 def sample_complexity(

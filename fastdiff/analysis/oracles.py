@@ -87,7 +87,8 @@ class GaussianOracle(Oracle):
 
     def denoise(self, x: Tensor, alpha: Level, sigma: Level, cond: Tensor | None = None) -> Tensor:
         def gain(var: Tensor, a: Tensor, s: Tensor) -> Tensor:
-            return a * var / (a * a * var + s * s)
+            total = a * a * var + s * s
+            return a * var / torch.where(total > 0, total, 1.0)  # no spread and no noise: the data are the mean
 
         return (self._filter(x, alpha, sigma, gain) + self.mean.to(x.device)).to(x.dtype)
 
@@ -186,8 +187,9 @@ class MixtureOracle(Oracle):
 
     def __init__(self, weights: Tensor, means: Tensor, stds: Tensor) -> None:
         w, m, s = (torch.as_tensor(value, dtype=_WIDE).cpu() for value in (weights, means, stds))
-        if w.dim() != 1 or not len(w) or not bool((w >= 0).all()) or not bool(w.sum() > 0):
-            fail(self, "weights", "shape [K], numbers >= 0 with a positive sum", tuple(w.shape))
+        if w.dim() != 1 or not len(w) or not bool((w >= 0).all()) or not 0 < float(w.sum()) < math.inf:
+            got = w.tolist() if w.dim() == 1 and len(w) else f"shape {tuple(w.shape)}"
+            fail(self, "weights", "shape [K], numbers >= 0 with a positive, finite sum", got)
         if m.dim() < 1 or len(m) != len(w):
             fail(self, "means", f"shape [{len(w)}, ...], one per weight", tuple(m.shape))
         if s.dim() == 1 and len(s) == len(w):
@@ -218,9 +220,7 @@ class MixtureOracle(Oracle):
         return torch.logsumexp(self._log_joint(x, alpha, sigma)[3], 1)
 
     def moments(self, alpha: float = 1.0, sigma: float = 0.0) -> tuple[Tensor, Tensor]:
-        flat, var = self.means.flatten(1), self.stds.flatten(1).square()
-        if not self.shape:
-            flat, var = self.means.reshape(-1, 1), self.stds.reshape(-1, 1).square()
+        flat, var = (value.reshape(len(self.weights), -1) for value in (self.means, self.stds.square()))
         mean = self.weights @ flat
         centered = flat - mean
         cov = (self.weights[:, None] * centered).T @ centered + torch.diag(self.weights @ var)
@@ -287,6 +287,8 @@ class MixtureOracle(Oracle):
         elif cond.shape != x.shape[:1] or cond.dtype != torch.int64:
             fail(self, "cond", f"int64 of shape ({len(x)},)", f"{cond.dtype} of shape {tuple(cond.shape)}")
         else:
+            if cond.device.type == "cpu" and not bool(((cond >= 0) & (cond < len(self.weights))).all()):
+                fail(self, "cond", f"components 0 to {len(self.weights) - 1}", cond.tolist())
             mix = torch.nn.functional.one_hot(cond.to(x.device), len(self.weights)).to(_WIDE)
         return a, s, y, total, mix.reshape(*mix.shape, *[1] * (x.dim() - 1))
 

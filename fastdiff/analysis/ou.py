@@ -65,7 +65,7 @@ def ou_times(T: float, steps: int, *, delta: float = 0.0, grid: str = "uniform")
     """
     if grid not in GRIDS:
         raise ValueError(f"[ou_times] grid: expected one of {GRIDS}, got {grid!r}")
-    if steps < 1 or not 0 <= delta < T:
+    if steps < 1 or not 0 <= delta < T < math.inf:
         raise ValueError(f"[ou_times] T, delta: expected 0 <= delta < T and a step, got {T}, {delta}, {steps} steps")
     if grid == "uniform":
         return torch.linspace(T, delta, steps + 1, dtype=torch.float64)
@@ -126,7 +126,7 @@ def ou_path_kl(oracle: GaussianOracle, times: Tensor, *, relative_error: float =
     T = points[0]
     start = diagonal_kl((math.exp(-T) * mean, 1 + excess * math.exp(-2 * T)), (0 * mean, 1 + 0 * mean))
     with np.errstate(divide="ignore"):
-        primitive = 0.5 * np.log(np.exp(2 * points)[:, None] + excess)  # of 1 / v(u)
+        primitive = points[:, None] + 0.5 * np.log1p(excess * np.exp(-2 * points)[:, None])  # of 1 / v(u)
     frozen = 1 + excess * np.exp(-2 * points[:-1])[:, None]
     h = -np.diff(points)[:, None]
     steps = -np.diff(primitive, axis=0) + (factor**2 * h + 2 * factor * np.expm1(-h)) / frozen

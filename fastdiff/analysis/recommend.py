@@ -74,7 +74,8 @@ def better_runs(
     """
     pairs = [(s, name) for name in schedules for s in solvers if nfe >= _EVALUATIONS.get(s, 1)]
     if not pairs:
-        raise ValueError(f"[better_runs] nfe: expected at least 1, got {nfe}")
+        least = min((_EVALUATIONS.get(s, 1) for s in solvers), default=1)
+        raise ValueError(f"[better_runs] nfe: expected at least {least}, a step of the cheapest solver, got {nfe}")
     found = []
     for done, (solver, name) in enumerate(pairs):
         if progress is not None:
@@ -111,18 +112,22 @@ def steps_for(
     """The smallest number of steps at which the sum of a run's sources (`Candidate.cost`) is at most `target`.
 
     By doubling and bisection, which takes the error to fall with the steps; None if `most` steps do not reach it.
+
+    Raises:
+        ValueError: `most` is less than 1.
     """
 
     def reached(steps: int) -> bool:
         plan = make_plan(solver, schedule, steps, prediction=prediction)
         return Candidate(solver, "", plan, error_budget(oracle, plan, error=error)).cost <= target
 
-    high = 1
+    if most < 1:
+        raise ValueError(f"[steps_for] most: expected at least 1, got {most}")
+    low, high = 0, 1  # low: not reached
     while not reached(high):
-        high *= 2
-        if high > most:
+        if high == most:
             return None
-    low = high // 2  # not reached
+        low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reached(middle) else (middle, high)

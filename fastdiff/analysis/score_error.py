@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,7 +48,7 @@ class ScoreErrorReport:
         timesteps: one entry per time, in the order given.
         mean: mean of the timesteps' mse.
         low, high: confidence interval of `mean`; the data, not the pairs (data, time), count as independent.
-        worst: the entry with the largest mse.
+        worst: the entry with the largest mse; one that is NaN is the worst of all.
         samples: number of test data.
         dimension: D, elements of a sample: E|s' - s|^2 is D times the mse.
         confidence: level of all intervals.
@@ -166,7 +167,7 @@ def analyze_score_estimation_error(
     )
     per_sample = error.mean(0)
     mean, spread = float(per_sample.mean()), factor * float(per_sample.std())
-    worst = max(entries, key=lambda entry: entry.mse)
+    worst = max(entries, key=lambda entry: math.inf if math.isnan(entry.mse) else entry.mse)
     return ScoreErrorReport(entries, mean, max(mean - spread, 0.0), mean + spread, worst, n, dimension, confidence)
 
 

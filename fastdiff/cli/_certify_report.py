@@ -18,10 +18,23 @@ _COMMAND = "fastdiff certify"
 def table(record: dict[str, Any]) -> Table:
     """A line for every solver: the worst of all schedules and prediction types."""
     found = Table(
-        ("solver", "promised", "observed", "all schedules", "error at 160", "float32", "bfloat16", "runs", "NaN", ""),
+        (
+            "solver",
+            "promised",
+            "observed",
+            "elsewhere",
+            "all schedules",
+            "error at 160",
+            "float32",
+            "bfloat16",
+            "runs",
+            "NaN",
+            "",
+        ),
         frozenset({"observed", "error at 160", "float32", "bfloat16", "runs", "NaN"}),
-        title="order in float64 (reference schedule; range over all), largest error at 160 evaluations on the "
-        "reference schedule, float32 and bfloat16 rounding as a share of what is allowed, runs that must be finite",
+        title="order in float64 (reference schedule; promise elsewhere, range over all), largest error at 160 "
+        "evaluations on the reference schedule, float32 and bfloat16 rounding as a share of what is allowed, runs that "
+        "must be finite",
     )
     reference = next(iter(record["schedules"]), "")
     for solver, promise in record["promises"].items():
@@ -35,6 +48,7 @@ def table(record: dict[str, Any]) -> Table:
             solver,
             promise["text"] + (" (moments)" if promise["stochastic"] else ""),
             _range([cell["order"] for cell in home]) if promise["order"] else "–",
+            promise["elsewhere"] if promise["order"] else "–",
             _range([cell["order"] for cell in cells]) if promise["order"] else "–",
             f"{max(errors):.1e}" if errors else "–",
             _share(record, solver, "float32"),

@@ -74,6 +74,21 @@ def to_json(value: Any) -> str:
     return json.dumps(clean(value), indent=2, allow_nan=False)
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Before work that takes long: files could be written in this folder, which need not exist yet.
+
+    Raises:
+        OSError: they could not. Nothing is made.
+    """
+    found = Path(path).absolute()
+    while not found.exists():
+        found = found.parent
+    if not found.is_dir():
+        raise NotADirectoryError(f"--out: expected a folder, got {path}; {found} is a file")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out: expected a folder that can be written, got {path}; {found} cannot be")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file under a temporary name, then rename it: what lies at `path` is always complete."""
     target = Path(path)

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["AnalyzeError", "AnalyzeSettings", "analyze", "run_analysis"]
 
 SCHEDULES = ("vp", "edm", "flow")
+_ONLY_FOR = {
+    "betas": ("vp",),
+    "spacing": ("vp",),
+    "final": ("vp", "edm"),
+    "zero_terminal_snr": ("vp",),
+    "shift": ("flow",),
+    "sigma_max": ("edm",),
+}
 
 
 class AnalyzeError(Exception):
@@ -134,13 +142,16 @@ def run_analysis(
         The figures, as in analysis.json.
 
     Raises:
-        AnalyzeError: an option is not one of those allowed, or out of range.
+        AnalyzeError: an option is not one of those allowed, out of range, or of another schedule.
+        OSError: files cannot be written in `out`.
         ImportError: matplotlib is missing.
     """
     from fastdiff.analysis import ADVICE, ModelError, better_runs, error_budget, plot_budgets, steps_for
-    from fastdiff.cli._table import to_json, write_text
+    from fastdiff.cli._table import check_folder, to_json, write_text
     from fastdiff.samplers import make_plan
 
+    check_folder(out)
+    _check_unused(settings)
     oracle = _data(settings)
     error = ModelError(relative=settings.score_error)
     prediction = settings.prediction or ("flow" if settings.schedule == "flow" else "epsilon")
@@ -217,6 +228,16 @@ def _data(settings: AnalyzeSettings) -> GaussianOracle:
     return GaussianOracle(torch.full_like(std, settings.target_mean), std=std)
 
 
+def _check_unused(settings: AnalyzeSettings) -> None:
+    """An option of another schedule would change nothing, and its user would not know."""
+    default = AnalyzeSettings()
+    for name, users in _ONLY_FOR.items():
+        other = settings.schedule in SCHEDULES and settings.schedule not in users
+        if other and getattr(settings, name) != getattr(default, name):
+            option = "--" + name.replace("_", "-")
+            raise AnalyzeError(f"{option}: expected only with --schedule {' or '.join(users)}")
+
+
 def _given_schedule(settings: AnalyzeSettings) -> tuple[str, Schedule]:
     from fastdiff.samplers import schedules
 
@@ -273,11 +294,18 @@ def _summary(results: dict[str, Any]) -> list[str]:
     source = given["dominating"]
     lines = [f"given: {source} dominates; {results['advice']}"]
     if best is None:
-        return [*lines, f"no run of at most {given['nfe']} evaluations is better"]
+        return [
+            *lines,
+            f"none of the {len(results['candidates'])} runs tried, of at most {given['nfe']} evaluations, is better",
+        ]
     factor = given["total"]["w2"] / best["total"]["w2"] if best["total"]["w2"] > 0 else math.inf
+    gain = f"W2 {factor:.3g} times smaller"
+    if factor < 1:  # chosen by the sum of the sources
+        summed = [sum(source["w2"] for source in row["sources"].values()) for row in (given, best)]
+        gain = f"sum of sources {summed[0] / summed[1]:.3g} times smaller (those of the given run cancel in part)"
     lines.append(
         f"recommended: {best['solver']} on {best['schedule']}, {best['steps']} steps, {best['nfe']} evaluations: "
-        f"W2 {factor:.3g} times smaller; {best['dominating']} dominates"
+        f"{gain}; {best['dominating']} dominates"
     )
     if results["steps_to_match"]:
         lines.append(f"as good as the given run: {best['solver']} in {results['steps_to_match']} steps")

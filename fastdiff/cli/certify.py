@@ -32,9 +32,11 @@ def certify(
     from fastdiff.cli import _certify_engine as engine
     from fastdiff.cli import _certify_report as report
     from fastdiff.cli._show import progress_bar, show
-    from fastdiff.cli._table import to_json, write_text
+    from fastdiff.cli._table import check_folder, to_json, write_text
 
     try:
+        if out:
+            check_folder(out)
         with progress_bar("certify") as bar:
             record = engine.certify(solvers=solver or (), quick=quick, diffusers=diffusers, jobs=jobs, progress=bar)
         if out:
