@@ -94,6 +94,19 @@ def test_a_wrong_variance_breaks_the_order_of_the_moments(monkeypatch: pytest.Mo
     assert any("of the moments, promised" in line for line in record["broken"])
 
 
+@pytest.mark.parametrize("solver", ["restart", "consistency", "lcm"])
+def test_solvers_without_an_order_are_held_to_their_moments(monkeypatch: pytest.MonkeyPatch, solver: str) -> None:
+    def louder(run: Any, stages: Any) -> Any:
+        more = [tuple((k, c * 1.05 if k[0] == "n" else c) for k, c in stage.terms) for stage in stages]
+        return tuple(dataclasses.replace(stage, terms=terms) for stage, terms in zip(stages, more, strict=True))
+
+    cell = _certify_runs.weak_order(solver, "vp scaled_linear karras, min", "v")
+    assert cell["ok"], cell["failures"]
+    replace(monkeypatch, solver, louder)
+    cell = _certify_runs.weak_order(solver, "vp scaled_linear karras, min", "v")
+    assert not cell["ok"] and "moments" in cell["failures"][0]
+
+
 def test_nan_at_one_number_of_steps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: Any, noise: Any, *, plan: Any, **kwargs: Any) -> Any:
         return sample(model, noise, plan=plan, **kwargs) * (math.nan if plan.steps == 7 else 1.0)

@@ -194,6 +194,13 @@ def weak_order(solver: str, name: str, prediction: str) -> dict[str, Any]:
     reference = name == next(iter(ORDER_SCHEDULES))
     if not promise.kept_by(found.order, reference=reference):
         failures.append(f"order {found.order:.2f} of the moments, promised {promise.text(reference=reference)}")
+    at = [error for called, error in zip(found.nfe, found.errors, strict=True) if called <= ERROR_CALLS]
+    if reference and not at[-1] <= promise.error:
+        failures.append(f"error {at[-1]:.1e} of the moments at {ERROR_CALLS} evaluations, promised ≤ {promise.error:g}")
+    if reference and promise.consistent is not None:
+        off = _inconsistency(solver, name, prediction)
+        if not off <= promise.consistent:
+            failures.append(f"moments with a perfect consistency function {off:.1e} off, ≤ {promise.consistent:g}")
     plan = _plan(solver, name, prediction, FIRST)
     z = _drawn(plan, name)
     if not z <= 5:
@@ -210,15 +217,30 @@ def weak_order(solver: str, name: str, prediction: str) -> dict[str, Any]:
     }
 
 
-def _moments(plan: Plan, name: str, m: float, s: float) -> tuple[float, float]:
-    """Mean and standard deviation at the end of a run on N(m, s^2), from the plan's coefficients."""
+def _inconsistency(solver: str, name: str, prediction: str) -> float:
+    """How far mean and deviation are from the data's, with a perfect consistency function as the network."""
+    alpha, sigma = _levels(name, schedule(name).last)
+    least = sigma / alpha if solver == "consistency" else 0.0  # where the paths are said to end
+    plan, worst = make_plan(solver, schedule(name), 4, prediction=prediction), 0.0
+    for target in GAUSSIANS:
+        m, s = target.means[0], target.deviations[0]
+        mean, deviation = _moments(plan, name, m, s, least)
+        worst = max(worst, abs(mean - m), abs(deviation - math.hypot(s, least)))
+    return worst
+
+
+def _moments(plan: Plan, name: str, m: float, s: float, least: float | None = None) -> tuple[float, float]:
+    """Mean and standard deviation at the end of a run on N(m, s^2), from the plan's coefficients.
+
+    The network is perfect; with `least`, a perfect consistency function to that ratio of sigma to alpha.
+    """
     first = _levels(name, float(plan.times[0]))
     # A state as [constant, weight of the initial state's standard normal, weights of the noises].
     state = np.zeros(2 + len(plan.stages))
     state[0], state[1] = first[0] * m, math.hypot(first[0] * s, first[1])
     states, outputs = [state], []
     for k, stage in enumerate(plan.stages):
-        slope, offset = _affine(m, s, stage.alpha, stage.sigma, plan.prediction)
+        slope, offset = _affine(m, s, stage.alpha, stage.sigma, plan.prediction, least)
         output = slope * states[k]
         output[0] += offset
         outputs.append(output)
@@ -232,10 +254,15 @@ def _moments(plan: Plan, name: str, m: float, s: float) -> tuple[float, float]:
     return float(states[-1][0]), float(np.linalg.norm(states[-1][1:]))
 
 
-def _affine(m: float, s: float, alpha: float, sigma: float, prediction: str) -> tuple[float, float]:
-    """(slope, offset) of a perfect network's output in x."""
+def _affine(
+    m: float, s: float, alpha: float, sigma: float, prediction: str, least: float | None = None
+) -> tuple[float, float]:
+    """(slope, offset) of a perfect network's output in x; with `least`, see `_moments`."""
     variance = (alpha * s) ** 2 + sigma**2
     data, noise = alpha * s * s / variance, sigma / variance
+    if least is not None:
+        data = math.hypot(s, least) / math.sqrt(variance)
+        noise = (1 - alpha * data) / sigma
     at_zero = m - data * alpha * m, -noise * alpha * m  # of data and noise, at x = 0
     if prediction == "epsilon":
         return noise, at_zero[1]
