@@ -15,10 +15,8 @@ from fastdiff.cli import _certify_runs as runs
 from fastdiff.cli._certify_fit import METHOD as FIT
 from fastdiff.cli._certify_promises import (
     ERROR_CALLS,
-    EVERY_COUNT,
     ORDER_SCHEDULES,
     PROMISES,
-    SOME_COUNTS,
     STEP_COUNTS,
 )
 from fastdiff.cli._machine import cores, machine
@@ -46,9 +44,8 @@ METHOD = (
     "float32, bfloat16: the distance to the float64 run of the same plan, against a bound from the rounding of every "
     "term of every step. On the reference schedule all four prediction types are fitted, on the others one. A flow "
     "begins without data, of which epsilon says nothing: that pair is held to finiteness "
-    f"alone. Finite: float32, every step count from 1 to {STEP_COUNTS[-1]} on {', '.join(EVERY_COUNT)}, "
-    f"{len(SOME_COUNTS)} of them on the other schedules; up to {_EVERY} steps with all four prediction types, beyond "
-    "with each in turn."
+    f"alone. Finite: float32, every step count from 1 to {STEP_COUNTS[-1]}, up to {_EVERY} with all four "
+    "prediction types, beyond with each in turn."
 )
 
 Progress = Callable[[int, int, str], None]
@@ -203,7 +200,7 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
             for p in predictions:
                 cells = _guarded(runs.precision, solver, name, p, "float32", devices)
                 found["precision"] += cells if isinstance(cells, list) else [cells]
-    counts = QUICK_COUNTS if quick else STEP_COUNTS if name in EVERY_COUNT else SOME_COUNTS
+    counts = QUICK_COUNTS if quick else STEP_COUNTS
     found["finite"] = [runs.finite(solver, name, counts, PREDICTIONS, _EVERY)]
     return found
 

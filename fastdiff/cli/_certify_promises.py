@@ -12,10 +12,8 @@ from fastdiff.samplers.schedules import Schedule
 __all__ = [
     "ENDS_AT_DATA",
     "ERROR_CALLS",
-    "EVERY_COUNT",
     "ORDER_SCHEDULES",
     "PROMISES",
-    "SOME_COUNTS",
     "STEP_COUNTS",
     "Promise",
 ]
@@ -111,12 +109,10 @@ ORDER_SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "flow": lambda: schedules.flow(),
     "flow shift 3": lambda: schedules.flow(shift=3.0),
 }
-# More that must give finite results; those of `EVERY_COUNT` with every number of steps, the others with `SOME_COUNTS`.
+# More that must give finite results.
 ENDS_AT_DATA: dict[str, Callable[[], Schedule]] = {
     "vp scaled_linear karras": lambda: schedules.vp("scaled_linear", spacing="karras"),
     "vp linear zero terminal SNR": lambda: schedules.vp("linear", spacing="trailing", zero_terminal_snr=True),
     "edm": lambda: schedules.edm(),
 }
-EVERY_COUNT = ("vp scaled_linear karras", "vp linear zero terminal SNR", "edm", "flow shift 3")
 STEP_COUNTS = range(1, 201)
-SOME_COUNTS = (*range(1, 25), 31, 32, 33, 49, 50, 51, 99, 100, 101, 150, 199, 200)
