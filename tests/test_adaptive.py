@@ -80,6 +80,17 @@ def test_the_end_the_way_and_the_inverse(name: str, prediction: str) -> None:
     torch.testing.assert_close(back.final / scale, noise(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading", "karras"])
+def test_it_starts_at_the_noisiest_time_on_any_spacing(spacing: str) -> None:
+    """Leading times of one step begin (and end) next to the data; the ODE does not."""
+    schedule = schedules.vp("linear", spacing=spacing)
+    found = solve(gaussian(schedule, "v"), noise(), schedule, prediction="v", rtol=1e-8, atol=1e-8)
+    assert found.times[0] == 999.0 and found.times[-1] == 0.0
+    least = path(schedule, noise(), 999.0, 0.0)
+    exact = gaussian(schedule, "sample")(least, torch.zeros(5, dtype=torch.float64), None)
+    torch.testing.assert_close(found.final, exact, rtol=0, atol=1e-6)
+
+
 def test_error_follows_the_tolerance_and_evaluations_grow_slowly() -> None:
     schedule = SCHEDULES["edm"]
     model = gaussian(schedule, "epsilon")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastdiff.analysis.oracles import GaussianOracle, MixtureOracle
-from fastdiff.cli import _certify_diffusers, _certify_engine, _certify_report, _certify_runs
+from fastdiff.cli import _certify_adaptive, _certify_diffusers, _certify_engine, _certify_report, _certify_runs
 from fastdiff.cli._certify_fit import fit, observe
 from fastdiff.cli._certify_promises import PROMISES, Promise
 from fastdiff.cli._certify_targets import ALL, GAUSSIANS, Oracle
@@ -140,6 +140,47 @@ def test_rounded_timesteps_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cell["ok"]
     assert any("not asked at the times of the plan" in line for line in cell["failures"])
     assert cell["order"] < 1.5
+
+
+def test_an_inversion_is_held_to_its_order_and_must_be_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "vp scaled_linear karras, min"
+    assert _certify_runs.order("dpmpp_2m", name, "v", True)["ok"]
+    counts = (1, 2, 7)
+
+    def off(run: Any, stages: Any) -> Any:
+        if run.forward:
+            return stages
+        return tuple(scaled(s, math.nan if run.steps == 7 else 1.001) for s in stages)
+
+    replace(monkeypatch, "dpmpp_2m", off)
+    assert _certify_runs.order("dpmpp_2m", name, "v")["ok"]
+    cell = _certify_runs.order("dpmpp_2m", name, "v", True)
+    assert cell["inverse"] and not cell["ok"] and "order of the inversion" in cell["failures"][0]
+    cell = _certify_runs.finite("dpmpp_2m", name, counts, ("epsilon", "v"), 2)
+    assert list(cell["raised"]) == ["7 epsilon inverse"] and cell["runs"] == 2 * 2 + 1 + len(counts)
+
+
+def test_the_adaptive_solver_is_held_to_its_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    code, record = certify("--solver", "adaptive")
+    assert code == 0, record["broken"]
+    assert len(record["adaptive"]) == len(record["schedules"]) * 4 and record["promises"] == {}
+    runs = record["adaptive"][0]["runs"]
+    assert {r["inverse"] for r in runs} == {True, False} and all(0 < r["error"] <= r["allowed"] for r in runs)
+    assert "kept" in _certify_report.adaptive_table(record).text()
+    honest = _certify_adaptive.solve
+
+    def lax(*args: Any, rtol: float, atol: float, **kwargs: Any) -> Any:
+        return honest(*args, rtol=1e3 * rtol, atol=1e3 * atol, **kwargs)
+
+    monkeypatch.setattr(_certify_adaptive, "solve", lax)
+    code, record = certify("--solver", "adaptive")
+    assert code == 1 and any("tolerance 1e-07: error" in line for line in record["broken"])
+    assert "BROKEN" in _certify_report.adaptive_table(record).text()
+
+
+def test_a_page_of_the_adaptive_solver_alone(tmp_path: Path) -> None:
+    code, _ = certify("--solver", "adaptive", "--out", str(tmp_path))
+    assert code == 0 and "adaptive solver" in (tmp_path / "certificate.md").read_text().lower()
 
 
 def test_every_solver_makes_a_promise_and_one_without_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,15 @@ def test_inversion_and_back(solver: str) -> None:
         assert float((back - data).abs().max()) < (0.2 if SOLVERS[solver].order == 1 else 0.03), (solver, name)
 
 
+@pytest.mark.parametrize("solver", ["rk4", "dpmpp_3s", "ddim"])
+def test_an_inversion_by_epsilon_ends_where_epsilon_still_says_something(solver: str) -> None:
+    """As its run starts there: alpha is 0 at the end of a flow's own times, and rk4 asks the model at the end."""
+    schedule = schedules.flow()
+    plan = make_plan(solver, schedule, None, times=schedule.times(7).flip(0), prediction="epsilon")
+    assert plan.step_times == make_plan(solver, schedule, 7, prediction="epsilon").reversed().step_times
+    assert plan.step_times[0] == 1.0 and schedule.sigma(plan.step_times[-1]) < 1.0 and not plan.forward
+
+
 def test_ddim_inversion_is_the_published_formula() -> None:
     schedule = SCHEDULES["trailing"]
     plan = make_plan("ddim", schedule, 3).reversed()

@@ -129,3 +129,11 @@ def test_bad_schedules_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=word):
             make()
+
+
+@pytest.mark.parametrize(("final", "most"), [("zero", 1000), ("min", 999)])
+def test_leading_times_are_those_of_training(final: str, most: int) -> None:
+    schedule = schedules.vp(spacing="leading", final=final)
+    assert schedule.times(most)[0] == schedule.start
+    with pytest.raises(ValueError, match=f"steps: expected at most {most} with leading times, got {most + 1}"):
+        schedule.times(most + 1)

@@ -12,9 +12,11 @@ import torch
 
 from fastdiff.cli import _certify_diffusers as peers
 from fastdiff.cli import _certify_runs as runs
+from fastdiff.cli._certify_adaptive import ALLOWED, TOLERANCES, adaptive
 from fastdiff.cli._certify_fit import METHOD as FIT
 from fastdiff.cli._certify_promises import (
     ERROR_CALLS,
+    INVERTED,
     ORDER_SCHEDULES,
     PROMISES,
     STEP_COUNTS,
@@ -26,6 +28,7 @@ from fastdiff.samplers import SOLVERS
 __all__ = ["METHOD", "CertifyError", "certify"]
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
+ADAPTIVE = "adaptive"
 QUICK_COUNTS = (*range(1, 9), 15, 16, 50, 200)
 PEER_COUNTS = range(1, 51)
 _EVERY = 4  # step counts up to this are run with all prediction types
@@ -43,9 +46,13 @@ METHOD = (
     "standard errors of those moments. "
     "float32, bfloat16: the distance to the float64 run of the same plan, against a bound from the rounding of every "
     "term of every step. On the reference schedule all four prediction types are fitted, on the others one. A flow "
-    "begins without data, of which epsilon says nothing: that pair is held to finiteness "
-    f"alone. Finite: float32, every step count from 1 to {STEP_COUNTS[-1]}, up to {_EVERY} with all four "
-    "prediction types, beyond with each in turn."
+    "begins without data, of which epsilon says nothing: that pair is held to finiteness alone. "
+    "Inversions, the same plans from data to noise, are held to the order where it is not lost next to the data: "
+    f"{', '.join(INVERTED)}. "
+    f"Finite: float32, every step count from 1 to {STEP_COUNTS[-1]}, up to {_EVERY} with all four prediction types, "
+    "beyond with each in turn, and its inversion. Adaptive: noise to data and back in float64 with tolerances "
+    f"{', '.join(f'{t:g}' for t in TOLERANCES)}, the error at the end being at most {ALLOWED:g} tolerances times the "
+    "growth of distances along the exact paths."
 )
 
 Progress = Callable[[int, int, str], None]
@@ -75,27 +82,27 @@ def certify(
 
     Returns:
         A record of plain data: ``ok``, ``summary``, ``broken``, ``promises``, ``order``, ``precision``, ``finite``,
-        ``diffusers``, ``skipped`` and where it was measured.
+        ``adaptive``, ``diffusers``, ``skipped`` and where it was measured.
 
     Raises:
         CertifyError: a solver is unknown.
     """
     start = time.perf_counter()
     for name in solvers:
-        if name not in SOLVERS:
-            raise CertifyError(f"--solver: expected one of {', '.join(SOLVERS)}; got {name!r}")
-    chosen = list(dict.fromkeys(solvers)) or list(SOLVERS)
+        if name not in (*SOLVERS, ADAPTIVE):
+            raise CertifyError(f"--solver: expected one of {', '.join(SOLVERS)}, {ADAPTIVE}; got {name!r}")
+    chosen = list(dict.fromkeys(solvers)) or [*SOLVERS, ADAPTIVE]
     record: dict[str, Any] = {"ok": False, "summary": "", "broken": [], "method": METHOD, "machine": machine()}
     record["promises"] = {name: _promised(name) for name in chosen if name in PROMISES}
     # A solver that promises nothing would pass whatever it does.
-    record["broken"] += [f"{name}: no promise is made for it" for name in chosen if name not in PROMISES]
+    record["broken"] += [f"{name}: no promise is made for it" for name in chosen if name not in (*PROMISES, ADAPTIVE)]
     missing = cuda_missing()
     record["devices"] = ["cpu"] if missing else ["cpu", "cuda"]
     record["skipped"] = [f"cuda: {missing}"] if missing else []
     schedules = _schedules(quick)
     record["schedules"] = {name: repr(runs.schedule(name)) for name in schedules}
     work = [(solver, name, quick) for name in schedules for solver in chosen if solver in PROMISES]
-    record |= {"order": [], "precision": [], "finite": [], "diffusers": None}
+    record |= {"order": [], "precision": [], "finite": [], "adaptive": [], "diffusers": None}
     version = peers.available() if diffusers else ""
     if not version:
         record["skipped"].append("diffusers: not asked for" if not diffusers else "diffusers: not installed")
@@ -105,6 +112,8 @@ def certify(
     if version:
         tasks += [(_peer, (i, quick), f"diffusers {peer.name}") for i, peer in enumerate(peers.PEERS)]
     tasks += [(_measure, (job, tuple(record["devices"])), f"{job[0]}, {job[1]}") for job in work]
+    if ADAPTIVE in chosen:
+        tasks += [(_adaptive, (name,), f"{ADAPTIVE}, {name}") for name in schedules]
     rows: dict[int, Any] = {}
     for done, (index, found) in enumerate(_run(tasks, jobs or cores()), 1):
         if progress:
@@ -116,12 +125,13 @@ def certify(
                 record[kind] += cells
     if version:
         record["diffusers"] = {"version": version, "rows": [rows[i] for i in sorted(rows)]}
-    for kind in ("order", "precision", "finite"):
+    kinds = ("order", "precision", "finite", "adaptive")
+    for kind in kinds:
         record[kind].sort(key=lambda cell: (chosen.index(cell["solver"]), schedules.index(cell["schedule"])))
         record["broken"] += [f"{_where(cell)}: {what}" for cell in record[kind] for what in cell["failures"]]
     record["seconds"] = round(time.perf_counter() - start, 1)
     record["ok"] = not record["broken"]
-    count = sum(len(record[kind]) for kind in ("order", "precision", "finite"))
+    count = sum(len(record[kind]) for kind in kinds)
     failed = f"; BROKEN: {len(record['broken'])}" if record["broken"] else ", all kept"
     record["summary"] = (
         f"{len(chosen)} solvers, {len(schedules)} schedules, {count} promises{failed} ({record['seconds']:.0f} s)"
@@ -197,6 +207,8 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
         function = runs.weak_order if PROMISES[solver].stochastic else runs.order
         found["order"] = [_guarded(function, solver, name, p, "float64") for p in predictions]
         if not PROMISES[solver].stochastic:
+            if name in INVERTED:
+                found["order"] += [_guarded(function, solver, name, p, "float64", True) for p in predictions]
             for p in predictions:
                 cells = _guarded(runs.precision, solver, name, p, "float32", devices)
                 found["precision"] += cells if isinstance(cells, list) else [cells]
@@ -205,11 +217,23 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
     return found
 
 
+def _adaptive(name: str) -> dict[str, list[dict[str, Any]]]:
+    """The cells of the adaptive solver on one schedule."""
+    return {"adaptive": [_guarded(lambda _, *rest: adaptive(*rest), ADAPTIVE, name, p, "float64") for p in PREDICTIONS]}
+
+
 def _guarded(function: Callable[..., Any], solver: str, name: str, prediction: str, dtype: str, *rest: Any) -> Any:
     """A cell that cannot be measured is a broken promise, and the others are still measured."""
     try:
         return function(solver, name, prediction, *rest)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        cell = {"solver": solver, "schedule": name, "prediction": prediction, "dtype": dtype}
-        return {**cell, "ok": False, "failures": [what], "error": float("nan"), "errors": [], "nfe": [], "order": None}
+        cell = {
+            "solver": solver,
+            "schedule": name,
+            "prediction": prediction,
+            "dtype": dtype,
+            "inverse": rest == (True,),
+        }
+        nothing: dict[str, Any] = {"error": float("nan"), "errors": [], "nfe": [], "order": None, "runs": []}
+        return {**cell, "ok": False, "failures": [what], **nothing}

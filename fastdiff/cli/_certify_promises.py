@@ -12,6 +12,7 @@ from fastdiff.samplers.schedules import Schedule
 __all__ = [
     "ENDS_AT_DATA",
     "ERROR_CALLS",
+    "INVERTED",
     "ORDER_SCHEDULES",
     "PROMISES",
     "STEP_COUNTS",
@@ -109,6 +110,8 @@ ORDER_SCHEDULES: dict[str, Callable[[], Schedule]] = {
     "flow": lambda: schedules.flow(),
     "flow shift 3": lambda: schedules.flow(shift=3.0),
 }
+# From sigma = 0 on, where sigma of a VP schedule rises like sqrt(t), an inversion loses part of its order.
+INVERTED = ("vp scaled_linear karras, min", "edm, min")
 # More that must give finite results.
 ENDS_AT_DATA: dict[str, Callable[[], Schedule]] = {
     "vp scaled_linear karras": lambda: schedules.vp("scaled_linear", spacing="karras"),

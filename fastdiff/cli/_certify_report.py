@@ -10,7 +10,7 @@ from typing import Any
 from fastdiff.cli._bench_report import save_figure
 from fastdiff.cli._table import Cell, Table
 
-__all__ = ["markdown", "notes", "orders_table", "peer_table", "plot", "table"]
+__all__ = ["adaptive_table", "markdown", "notes", "orders_table", "peer_table", "plot", "table"]
 
 _COMMAND = "fastdiff certify"
 
@@ -24,6 +24,7 @@ def table(record: dict[str, Any]) -> Table:
             "observed",
             "elsewhere",
             "all schedules",
+            "inverse",
             "error at 160",
             "float32",
             "bfloat16",
@@ -31,14 +32,14 @@ def table(record: dict[str, Any]) -> Table:
             "NaN",
             "",
         ),
-        frozenset({"observed", "error at 160", "float32", "bfloat16", "runs", "NaN"}),
-        title="order in float64 (reference schedule; promise elsewhere, range over all), largest error at 160 "
-        "evaluations on the reference schedule, float32 and bfloat16 rounding as a share of what is allowed, runs that "
-        "must be finite",
+        frozenset({"observed", "inverse", "error at 160", "float32", "bfloat16", "runs", "NaN"}),
+        title="order in float64 (reference schedule; promise elsewhere, range over all), that of inversions on the "
+        "reference schedule, largest error at 160 evaluations there, float32 and bfloat16 rounding as a share of what "
+        "is allowed, runs that must be finite",
     )
     reference = next(iter(record["schedules"]), "")
     for solver, promise in record["promises"].items():
-        cells = [cell for cell in record["order"] if cell["solver"] == solver]
+        inverse, cells = _ways(record, solver)
         home = [cell for cell in cells if cell["schedule"] == reference]
         finite = [cell for cell in record["finite"] if cell["solver"] == solver]
         bad = sum(len(cell["not_finite"]) + len(cell["raised"]) for cell in finite)
@@ -50,6 +51,7 @@ def table(record: dict[str, Any]) -> Table:
             _range([cell["order"] for cell in home]) if promise["order"] else "–",
             promise["elsewhere"] if promise["order"] else "–",
             _range([cell["order"] for cell in cells]) if promise["order"] else "–",
+            _range([cell["order"] for cell in inverse if cell["schedule"] == reference]),
             f"{max(errors):.1e}" if errors else "–",
             _share(record, solver, "float32"),
             _share(record, solver, "bfloat16"),
@@ -67,11 +69,29 @@ def orders_table(record: dict[str, Any]) -> Table:
     for solver, promise in record["promises"].items():
         if not promise["order"]:
             continue  # a fixed number of steps, or no probability flow to follow
-        row = [
-            _range([c["order"] for c in record["order"] if c["solver"] == solver and c["schedule"] == name])
-            for name in schedules
-        ]
+        row = [_range([c["order"] for c in _ways(record, solver)[1] if c["schedule"] == name]) for name in schedules]
         found.add(solver, *row)
+    return found
+
+
+def adaptive_table(record: dict[str, Any]) -> Table:
+    """The adaptive solver by schedule: the worst of all prediction types, in tolerances."""
+    tolerances = sorted({run["tolerance"] for cell in record["adaptive"] for run in cell["runs"]}, reverse=True)
+    names = [f"{way}{tolerance:g}" for way in ("", "inverse ") for tolerance in tolerances]
+    found = Table(
+        ("schedule", *names, ""), frozenset(names),
+        title="adaptive solver, float64: error as a share of what is allowed (evaluations) by tolerance",
+    )  # fmt: skip
+    for name in dict.fromkeys(cell["schedule"] for cell in record["adaptive"]):
+        cells = [cell for cell in record["adaptive"] if cell["schedule"] == name]
+        row = []
+        for inverse in (False, True):
+            for tolerance in tolerances:
+                runs = [r for c in cells for r in c["runs"] if (r["inverse"], r["tolerance"]) == (inverse, tolerance)]
+                worst = max((r["error"] / r["allowed"] for r in runs), default=math.nan)
+                row.append(f"{worst:.2f} ({max((r['nfe'] for r in runs), default=0)})")
+        kept = all(cell["ok"] for cell in cells)
+        found.add(name, *row, Cell("kept", "good") if kept else Cell("BROKEN", "bad"))
     return found
 
 
@@ -118,7 +138,9 @@ def markdown(record: dict[str, Any]) -> str:
     m = record["machine"]
     parts = [f"# Certificate of the samplers: {record['summary']}", f"`{_COMMAND}` prints and writes this page."]
     parts += [f"- **broken** {line}" for line in record["broken"]]
-    for made in (table(record), orders_table(record), *([peer_table(record)] if record["diffusers"] else [])):
+    made_all = [table(record), orders_table(record)] if record["promises"] else []
+    made_all += [adaptive_table(record)] if record["adaptive"] else []
+    for made in (*made_all, *([peer_table(record)] if record["diffusers"] else [])):
         parts += [f"## {made.title[0].upper()}{made.title[1:]}", made.markdown()]
     parts.append("![errors](certificate.png)")
     parts.append("\n".join(f"- {line}" for line in notes(record)))
@@ -147,8 +169,13 @@ def plot(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
         if c["schedule"] == reference
         and c["prediction"] == "epsilon"
         and c["errors"]
+        and not c.get("inverse")
         and record["promises"][c["solver"]]["order"]
     ]
+    for cell in record["adaptive"]:
+        if (cell["schedule"], cell["prediction"]) == (reference, "epsilon"):
+            runs = [r for r in cell["runs"] if not r["inverse"]]
+            ours.append((cell["solver"], [r["nfe"] for r in runs], [r["error"] for r in runs]))
     panels = [(f"fastdiff, {reference}, epsilon", ours)]
     if record["diffusers"]:
         rows = [row for row in record["diffusers"]["rows"] if "problem" not in row]
@@ -176,6 +203,12 @@ def plot(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
     figure.tight_layout()
     save_figure(figure, path)
     plt.close(figure)
+
+
+def _ways(record: dict[str, Any], solver: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The cells of a solver's order: inversions, and the rest."""
+    cells = [cell for cell in record["order"] if cell["solver"] == solver]
+    return [c for c in cells if c.get("inverse")], [c for c in cells if not c.get("inverse")]
 
 
 def _share(record: dict[str, Any], solver: str, dtype: str) -> Cell:

@@ -16,7 +16,7 @@ from fastdiff import _native
 from fastdiff.cli._certify_fit import FIRST, observe
 from fastdiff.cli._certify_promises import ENDS_AT_DATA, ERROR_CALLS, ORDER_SCHEDULES, PROMISES
 from fastdiff.cli._certify_targets import ALL, GAUSSIANS, Oracle
-from fastdiff.samplers import Plan, make_plan, sample
+from fastdiff.samplers import SOLVERS, Plan, make_plan, sample
 from fastdiff.samplers.schedules import Schedule
 
 __all__ = ["DTYPES", "SCHEDULES", "Perfect", "finite", "order", "precision", "weak_order"]
@@ -72,12 +72,16 @@ def run(plan: Plan, name: str, dtype: torch.dtype, *, device: str = "cpu") -> tu
 # --------------------------------------------------------------------------------------------------- deterministic
 
 
-def order(solver: str, name: str, prediction: str) -> dict[str, Any]:
-    """The observed order in float64, and whether the network was asked at the times of the plan."""
+def order(solver: str, name: str, prediction: str, inverse: bool = False) -> dict[str, Any]:
+    """The observed order in float64, and whether the network was asked at the times of the plan.
+
+    With `inverse` of the same plan from data to noise.
+    """
     promise, failures = PROMISES[solver], []
 
     def measure(calls: int) -> tuple[int, float]:
         plan = _plan(solver, name, prediction, calls)
+        plan = plan.reversed() if inverse else plan
         end, exact, model = run(plan, name, torch.float64)
         if model.times != [stage.time for stage in plan.stages]:
             failures.append(f"{plan.steps} steps: the model was not asked at the times of the plan (rounded?)")
@@ -86,12 +90,14 @@ def order(solver: str, name: str, prediction: str) -> dict[str, Any]:
     found = observe(measure, floor=_FLOOR)
     reference = name == next(iter(ORDER_SCHEDULES))
     if not promise.kept_by(found.order, reference=reference):
-        failures.append(f"order {found.order:.2f}, promised {promise.text(reference=reference)}")
+        what = "order of the inversion" if inverse else "order"
+        failures.append(f"{what} {found.order:.2f}, promised {promise.text(reference=reference)}")
     at = [error for called, error in zip(found.nfe, found.errors, strict=True) if called <= ERROR_CALLS]
-    if reference and not at[-1] <= promise.error:
+    if reference and not inverse and not at[-1] <= promise.error:
         failures.append(f"error {at[-1]:.1e} at {ERROR_CALLS} evaluations, promised ≤ {promise.error:g}")
     return {
         **_cell(solver, name, prediction, "float64"),
+        "inverse": inverse,
         "nfe": found.nfe,
         "errors": found.errors,
         "order": found.order,
@@ -103,8 +109,10 @@ def order(solver: str, name: str, prediction: str) -> dict[str, Any]:
 
 def _plan(solver: str, name: str, prediction: str, calls: int) -> Plan:
     """With as many steps as take about so many evaluations."""
-    each = _stages_per_step(solver, name)
-    return make_plan(solver, schedule(name), max(1, round(calls / each)), prediction=prediction)
+    steps = max(1, round(calls / _stages_per_step(solver, name)))
+    if "leading" in name:
+        steps = min(steps, 999)  # more than the timesteps of training make no sense there
+    return make_plan(solver, schedule(name), steps, prediction=prediction)
 
 
 @functools.cache
@@ -300,23 +308,30 @@ def _drawn(plan: Plan, name: str, samples: int = 16384) -> float:
 def finite(solver: str, name: str, counts: Sequence[int], predictions: Sequence[str], every: int) -> dict[str, Any]:
     """Runs in float32 with each number of steps: finite results, and no exception.
 
-    Numbers up to `every` are run with all prediction types, larger ones with each in its turn.
+    Numbers up to `every` are run with all prediction types, larger ones with each in its turn. A solver that draws no
+    noise also runs from data to noise, with the next prediction type.
     """
-    not_finite, raised, runs = [], {}, 0
+    not_finite: list[str] = []
+    raised, runs = {}, 0
+    inverted = not SOLVERS[solver].stochastic
     generator = torch.Generator().manual_seed(0)
     for steps in counts:
         times = _times(name, steps)
-        chosen = predictions if steps <= every else [predictions[steps % len(predictions)]]
-        for prediction in chosen:
+        turn = steps % len(predictions)
+        chosen = predictions if steps <= every else [predictions[turn]]
+        cases = [(times, prediction, "") for prediction in chosen]
+        if inverted:
+            cases.append((times.flip(0), predictions[turn - 1], " inverse"))
+        for case, prediction, way in cases:
             runs += 1
             try:
-                plan = make_plan(solver, schedule(name), None, times=times, prediction=prediction)
+                plan = make_plan(solver, schedule(name), None, times=case, prediction=prediction)
                 start = oracle().state(*_levels(name, float(plan.times[0])))[:, : _Affine.points] / plan.initial_scale
                 end = sample(_Affine(name, prediction), start.float(), plan=plan, generator=generator)
                 if not end.isfinite().all():
-                    not_finite.append(f"{steps} {prediction}")
+                    not_finite.append(f"{steps} {prediction}{way}")
             except Exception as error:
-                raised[f"{steps} {prediction}"] = _text(error)
+                raised[f"{steps} {prediction}{way}"] = _text(error)
     failures = []
     if not_finite:
         failures.append(f"not finite with {_some(not_finite)} steps")

@@ -106,7 +106,8 @@ class Oracle:
         data = self.data(x, alpha, sigma)
         if prediction == "sample":
             return data
+        # At the data itself the noise that is left has a mean of zero: sigma times the score, with its sign turned.
+        noise = torch.sub(x, data, alpha=alpha) / sigma if sigma else torch.zeros_like(x)
         if prediction == "epsilon":
-            return torch.sub(x, data, alpha=alpha) / sigma
-        noise = torch.sub(x, data, alpha=alpha) / sigma
+            return noise
         return torch.sub(data, noise) if prediction == "flow" else alpha * noise - sigma * data

@@ -24,8 +24,8 @@ def certify(
 ) -> None:
     """Hold every sampler to its promises, against distributions whose exact paths are known.
 
-    Every solver, on every schedule, with every prediction type and dtype: its order, NaN at any number of steps, float
-    timesteps, and agreement of kernels and reference. Exits with 1 if a promise is broken.
+    Every solver, on every schedule, with every prediction type and dtype: its order there and back, NaN at any number
+    of steps, float timesteps, and agreement of kernels and reference. Exits with 1 if a promise is broken.
     """
     from rich.console import Console
 
@@ -52,7 +52,11 @@ def certify(
     if as_json:
         typer.echo(to_json(record))
     else:
-        show(report.table(record), Console())
+        if record["promises"]:
+            show(report.table(record), Console())
+        if record["adaptive"]:
+            typer.echo()
+            show(report.adaptive_table(record), Console())
         if record["diffusers"]:
             typer.echo()
             show(report.peer_table(record), Console())

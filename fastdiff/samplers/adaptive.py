@@ -137,7 +137,7 @@ def solve(
 
 def ode_times(schedule: Schedule, prediction: str) -> tuple[float, float]:
     """The noisiest and the cleanest time between which the ODE's right-hand side is finite."""
-    noisy, clean = float(schedule.times(1)[0]), schedule.last
+    noisy, clean = schedule.start, schedule.last
     if prediction == "epsilon" and schedule.alpha(noisy) * DEEPEST < schedule.sigma(noisy):
         noisy = schedule.time_at(DEEPEST)
     if prediction == "sample" and schedule.sigma(clean) * DEEPEST < schedule.alpha(clean):

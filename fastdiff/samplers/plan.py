@@ -148,8 +148,8 @@ def make_plan(
         steps: number of steps N, at least 1; None with `times`.
         prediction: what the model predicts of x = alpha data + sigma noise: ``"epsilon"`` noise; ``"v"`` alpha noise -
             sigma data; ``"sample"`` data; ``"flow"`` data - noise. A model that predicts epsilon says nothing where
-            alpha = 0: such a run starts at sigma / alpha = 1000 instead of infinity, and that of a sample prediction
-            from sigma = 0 (an inversion) at 1 / 1000.
+            alpha = 0: such a run starts (an inversion ends) at sigma / alpha = 1000 instead of infinity, and that of a
+            sample prediction from sigma = 0 (an inversion) at 1 / 1000.
         times: [N + 1] times of one's own, in place of ``schedule.times(steps)``; noise falling all the way (or, for
             an inversion, rising).
         interpolation: the variable of multistep and singlestep solvers. ``"lambda"``: log(alpha / sigma), as in
@@ -188,15 +188,9 @@ def make_plan(
     forward = _falls(schedule, times)
     if not forward and known.stochastic:
         raise ValueError(f"[make_plan] times: expected noise that falls with {solver!r}, got {times.tolist()}")
-    first = _first_time(schedule, float(times[0]), prediction)
-    if first != float(times[0]):
-        # Times before it are moved into what is left, so that the noise still falls (or rises) in every step.
-        rest = ((times - first) * (first - times[0]) > 0).nonzero()
-        if not len(rest):
-            expected = f"some after {first}, before which predicting {prediction} says nothing of the rest"
-            raise ValueError(f"[make_plan] times: expected {expected}, got {times.tolist()}")
-        later = int(rest[0])
-        times[: later + 1] = torch.linspace(first, float(times[later]), later + 1, dtype=torch.float64)
+    times = _informative(schedule, times, prediction)
+    if not forward:
+        times = _informative(schedule, times.flip(0), prediction).flip(0)
     angles = torch.atan2(schedule.sigma(times), schedule.alpha(times)).diff()
     if not bool((angles <= 0).all() if forward else (angles >= 0).all()):
         raise ValueError(f"[make_plan] times: expected noise that falls (or rises) all the way, got {times.tolist()}")
@@ -217,6 +211,22 @@ def make_plan(
 def _falls(schedule: Schedule, times: Tensor) -> bool:
     first, last = float(times[0]), float(times[-1])
     return schedule.sigma(last) * schedule.alpha(first) <= schedule.sigma(first) * schedule.alpha(last)
+
+
+def _informative(schedule: Schedule, times: Tensor, prediction: str) -> Tensor:
+    """The times of a run, which begins where the prediction first says something."""
+    first = _first_time(schedule, float(times[0]), prediction)
+    if first == float(times[0]):
+        return times
+    # Times before it are moved into what is left, so that the noise still falls (or rises) in every step.
+    rest = ((times - first) * (first - times[0]) > 0).nonzero()
+    if not len(rest):
+        expected = f"some after {first}, before which predicting {prediction} says nothing of the rest"
+        raise ValueError(f"[make_plan] times: expected {expected}, got {times.tolist()}")
+    later = int(rest[0])
+    moved = times.clone()
+    moved[: later + 1] = torch.linspace(first, float(times[later]), later + 1, dtype=torch.float64)
+    return moved
 
 
 def _first_time(schedule: Schedule, t: float, prediction: str) -> float:

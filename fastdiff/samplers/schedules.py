@@ -101,7 +101,7 @@ class Schedule:
         """[steps + 1] float64: the times of a run, from noise to data.
 
         Raises:
-            ValueError: fewer than one step.
+            ValueError: fewer than one step, or more than T on leading times.
         """
         if isinstance(steps, bool) or int(steps) != steps or steps < 1:
             raise ValueError(f"[Schedule.times] steps: expected an integer of at least 1, got {steps!r}")
@@ -146,7 +146,8 @@ def vp(
         num_train_timesteps: T; at least 2.
         spacing: times of a run of N steps. ``"linspace"``: evenly from T - 1 to 0. ``"trailing"``: T - 1 - k T / N
             (Lin et al. 2024, arXiv:2305.08891, Table 2). ``"leading"``: from T - T / N to 0 (the first N of
-            k T / N). ``"karras"``: even in (sigma / alpha)^(1 / rho) from T - 1 to 0 (Karras et al., eq. 5).
+            k T / N), for at most T steps. ``"karras"``: even in (sigma / alpha)^(1 / rho) from T - 1 to 0 (Karras et
+            al., eq. 5).
         final: ``"zero"``: the last step goes to data, t = -1, where sigma = 0. ``"min"``: it ends at t = 0.
         beta_start: first beta; 1e-4 for linear and 8.5e-4 for scaled-linear unless given.
         beta_end: last beta; 0.02 and 0.012.
@@ -208,6 +209,9 @@ def vp(
             first = float(time_at(1e3)) if deep else start
             largest = 1e3 if deep else sigma / alpha
             return _karras(steps, largest, sigma_0 / alpha_0, rho, final, time_at, (first, 0.0), end)
+        most = T - (final == "min")  # beyond it, T - T / N would lie behind the first time of the schedule
+        if spacing == "leading" and steps > most:
+            raise ValueError(f"[Schedule.times] steps: expected at most {most} with leading times, got {steps}")
         if final == "min":
             if spacing == "leading":
                 return np.arange(steps, -1, -1) * (start + 1) / (steps + 1)
