@@ -21,56 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 TOLERANCE = 1e-5
 Made = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads, self.qkv, self.proj = num_heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class PlainMlp(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class PlainBlock(nn.Module):
-    """A block of the published DiT's form."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6) for _ in range(2))
-        self.attn, self.mlp = PlainAttention(dim, num_heads), PlainMlp(dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        s1, a1, g1, s2, a2, g2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        x = x + g1 * self.attn(self.norm1(x) * (1 + a1) + s1)
-        return x + g2 * self.mlp(self.norm2(x) * (1 + a2) + s2)
-
-
-class PlainDiT(nn.Module):
-    def __init__(self, dim: int, depth: int, num_heads: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(PlainBlock(dim, num_heads) for _ in range(depth))
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, c)
-        return x
 
 
 def _dit() -> Made:
@@ -116,8 +70,11 @@ def _unet() -> Made:
     return model, (torch.randn(2, 4, 32, 32), torch.tensor([1, 500]), torch.randn(2, 77, 256)), {"return_dict": False}
 
 
-def _plain() -> Made:
-    return PlainDiT(384, 12, 6), (torch.randn(4, 256, 384), torch.randn(4, 384)), {}
+def _plain(dim: int = 384, depth: int = 12, tokens: int = 256) -> Made:
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # behind everything else
+    from plain_torch import Network
+
+    return Network(dim, depth), (torch.randn(4, tokens, dim), torch.randn(4, dim)), {}
 
 
 def _x(tokens: int, width: int) -> Tensor:
@@ -161,7 +118,7 @@ def measure(names: Sequence[str], seconds: float, compiled: bool, progress: Call
         record["ok"] &= difference <= TOLERANCE
         for other in contestants[1:]:
             times = {"accelerated": contestants[0].summary(), "other": other.summary()}
-            row = {"model": name, "what": what, "other": other.name, "ratio": ratios(other, contestants[0]), **times}
+            row = {"model": name, "what": what, "against": other.name, "ratio": ratios(other, contestants[0]), **times}
             record["rows"].append({**row, "difference": difference, "replaced": len(report.replaced)})
     record["machine"]["load_average_after"] = load_average()
     return record
@@ -189,7 +146,7 @@ def markdown(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         r, own = row["ratio"], row["accelerated"]["median_us"] / 1e3
         spread = f"{r['q1']:.2f} – {r['q3']:.2f}"
-        cells = (row["model"], row["what"], row["other"], f"{r['median']:.2f}", spread, f"{own:.1f} ms")
+        cells = (row["model"], row["what"], row["against"], f"{r['median']:.2f}", spread, f"{own:.1f} ms")
         lines.append(f"| {' | '.join(cells)} | {row['difference']:.0e} |")
     where = f"{m['cpu']}; {m['cores']} cores, {m['threads']} threads, {m['cpu_isa']}; torch {m['torch']}; {m['date']}"
     load = f"load average {m['load_average']} before, {m['load_average_after']} after"

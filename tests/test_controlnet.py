@@ -70,12 +70,13 @@ def case(request: pytest.FixtureRequest) -> tuple[Any, Args, Tensor]:
 
 
 def test_at_first_it_is_the_backbone_and_only_the_branch_learns(case: Any) -> None:
-    backbone, args, image = case
+    # In float32 products without gradients are another library's, and what that changes grows with depth.
+    backbone, args, image = case[0].double(), tuple(wide(a) for a in case[1]), case[2].double()
     frozen = copy.deepcopy(backbone.state_dict())
     expected = backbone(*args).detach()
     model = ControlledModel(backbone, ControlNet(backbone)).train()
     net = model.controlnets[0]
-    assert (model(*args, images=image) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (model(*args, images=image) - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert not net.input_hint_block(image).any()
 
     learning = [p for p in model.parameters() if p.requires_grad]

@@ -1,9 +1,11 @@
-"""Modulation tables: the same predictions without the weights, and errors where a table does not fit."""
+"""What the backbones have in common: modulation tables, guidance, gradient checkpointing, checks; all of them alike."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models import DiT, TextDiT, load_weights, save_weights, with_table
+from fastdiff.models import DiffusionMamba, DiT, HybridDiffusion, TextDiT, load_weights, save_weights, with_table
 from fastdiff.models.checkpoints import CheckpointError
 from fastdiff.models.modulation import Modulated, ModulationTable
 from fastdiff.ops import _linear
@@ -43,6 +45,22 @@ def small_text(**overrides: Any) -> TextDiT:
     return model
 
 
+def small_mamba(kind: Any = DiffusionMamba, **overrides: Any) -> Any:
+    settings = {"input_size": 4, "in_channels": 2, "hidden_size": 24, "depth": 3, "d_state": 2, "num_classes": 5}
+    return randomise(kind(**{**settings, **overrides}))
+
+
+small_hybrid = partial(small_mamba, HybridDiffusion, attention_every=2, num_heads=2)
+# How many vectors of modulation there are: 3 of each branch of 3 blocks, and 2 of the final layer.
+VECTORS = {small_dit: 20, small_mamba: 11, small_hybrid: 14}
+OF_LABELS = pytest.mark.parametrize("make", VECTORS, ids=["dit", "mamba", "hybrid"])
+ALL = pytest.mark.parametrize("make", [*VECTORS, small_text], ids=["dit", "mamba", "hybrid", "text_dit"])
+
+
+def condition(model: Any) -> Tensor:
+    return torch.randn(3, 4, 6) if isinstance(model, TextDiT) else LABELS
+
+
 def images(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
 
@@ -54,12 +72,12 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shared", [True, False])
-def test_dit_with_a_table_predicts_the_same(dtype: torch.dtype, shared: bool) -> None:
-    model, x = small_dit(shared_embedders=shared).to(dtype), images(dtype)
+@pytest.mark.parametrize(("make", "vectors"), [*VECTORS.items(), (partial(small_dit, shared_embedders=False), 20)])
+def test_with_a_table_the_prediction_is_the_same(make: Any, vectors: int, dtype: torch.dtype) -> None:
+    model, x = make().to(dtype), images(dtype)
     tolerance = 0.02 if dtype is torch.bfloat16 else 1e-6
     table = model.precompute_modulation(TIMES, LABELS, guidance=True)
-    assert len(table) == 4 and table.values.shape == (4, 3, 20 * 24)  # labels 1, 4 and the null class
+    assert len(table) == 4 and table.values.shape == (4, 3, vectors * 24)  # labels 1, 4 and the null class
     assert table.nbytes == table.values.numel() * table.values.element_size()
     assert not table.values.requires_grad
     with torch.no_grad():
@@ -73,8 +91,9 @@ def test_dit_with_a_table_predicts_the_same(dtype: torch.dtype, shared: bool) ->
         table.at(4)
 
 
-def test_labels_that_are_equal_are_computed_once_and_serve_any_batch() -> None:
-    model, x = small_dit(), images()
+@OF_LABELS
+def test_labels_that_are_equal_are_computed_once_and_serve_any_batch(make: Any) -> None:
+    model, x = make(), images()
     one = model.precompute_modulation(TIMES, torch.tensor([2, 2, 2]))
     none = model.precompute_modulation(TIMES)
     assert one.values.shape[1] == none.values.shape[1] == 1
@@ -90,10 +109,11 @@ def test_labels_that_are_equal_are_computed_once_and_serve_any_batch() -> None:
         close(model.forward_with_cfg(x[:2], None, None, 3.0, modulation=null.at(1)), model(x[:2], t, None))
 
 
-def test_every_weight_is_read_once_for_the_whole_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+@OF_LABELS
+def test_every_weight_is_read_once_for_the_whole_schedule(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     original = _linear.call
-    model = small_dit()
+    model = make()
     layers = list(model._modulation_layers().values())
 
     def counted(layer: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
@@ -109,8 +129,9 @@ def test_every_weight_is_read_once_for_the_whole_schedule(monkeypatch: pytest.Mo
     assert not rows
 
 
-def test_a_table_is_without_label_dropout() -> None:
-    model = small_dit(class_dropout_prob=1.0).train()
+@OF_LABELS
+def test_a_table_is_without_label_dropout(make: Any) -> None:
+    model = make(class_dropout_prob=1.0).train()
     table = model.precompute_modulation(TIMES, LABELS)
     close(model(images(), None, modulation=table.at(1)), model.eval()(images(), TIMES[1].expand(3), LABELS))
 
@@ -148,10 +169,10 @@ def on_a_device(model: Modulated, tmp_path: Path) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("way", [forget, in_a_file, on_a_device])
-@pytest.mark.parametrize("make", [small_dit, small_text])
+@ALL
 def test_weights_are_dropped_and_come_back(make: Any, way: Any, tmp_path: Path) -> None:
     model, x = make(), images()
-    cond = LABELS if make is small_dit else torch.randn(3, 4, 6)
+    cond = condition(model)
     expected = model(x, TIMES[1].expand(3), cond)
     table = model.precompute_modulation(TIMES, cond)
     names, before, total = list(model.state_dict()), model.modulation_bytes(), sum(p.nbytes for p in model.parameters())
@@ -160,7 +181,7 @@ def test_weights_are_dropped_and_come_back(make: Any, way: Any, tmp_path: Path) 
     back = way(model, tmp_path)
     assert model.modulation_bytes() == 0
     assert sum(p.nbytes for p in model.parameters()) == total - before
-    call: dict[str, Any] = {} if make is small_dit else {"cond": cond}
+    call: dict[str, Any] = {"cond": cond} if make is small_text else {}
     close(model(x, None, modulation=table.at(1), **call), expected)
     close(copy.deepcopy(model)(x, None, modulation=table.at(1), **call), expected)
     for refused in (lambda: model(x, TIMES[1].expand(3), cond), lambda: model.precompute_modulation(TIMES, cond)):
@@ -207,15 +228,18 @@ def test_inside_another_model_the_weights_come_back_as_well(tmp_path: Path) -> N
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_a_table_that_does_not_fit_is_refused() -> None:
-    model, x = small_dit(), images()
+@OF_LABELS
+def test_a_table_that_does_not_fit_is_refused(make: Any) -> None:
+    model, x = make(), images()
     table = model.precompute_modulation(TIMES, LABELS)
+    found, expected = small_dit(depth=2).precompute_modulation(TIMES), VECTORS[make] * 24
     with pytest.raises(ValueError, match="a table for a batch of 2, got one of 3"):
         model(x[:2], None, modulation=table.at(0))
     with pytest.raises(ValueError, match="guidance=True"):
         model.forward_with_cfg(x, None, None, 2.0, modulation=table.at(0))
-    with pytest.raises(ValueError, match=r"rows of 480, got \[1, 336\]"):
-        model(x, None, modulation=small_dit(depth=2).precompute_modulation(TIMES).at(0))
+    if make is not small_hybrid:  # which has as many rows as that DiT
+        with pytest.raises(ValueError, match=rf"rows of {expected}, got \[1, 336\]"):
+            model(x, None, modulation=found.at(0))
     with pytest.raises(ValueError, match=r"table.at\(i\), got ModulationTable"):
         model(x, None, modulation=table)
     with pytest.raises(ValueError, match=r"t: expected shape \[3\], got None"):
@@ -228,15 +252,17 @@ def test_a_table_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="labels"):
         model.precompute_modulation(TIMES, guidance=True)
     with pytest.raises(ValueError, match="no unconditional"):
-        small_dit(class_dropout_prob=0.0).precompute_modulation(TIMES, LABELS, guidance=True)
+        make(class_dropout_prob=0.0).precompute_modulation(TIMES, LABELS, guidance=True)
 
 
-def test_samplers_find_the_step_by_its_time() -> None:
-    model, x = small_dit(), images()
-    table = model.precompute_modulation(TIMES, LABELS)
+@ALL
+def test_samplers_find_the_step_by_its_time(make: Any) -> None:
+    model, x = make(), images()
+    cond = condition(model)
+    table = model.precompute_modulation(TIMES, cond)
     predict = with_table(model, table)
     with torch.no_grad():
-        close(predict(x, TIMES[2].expand(3), LABELS), model(x, TIMES[2].expand(3), LABELS))
+        close(predict(x, TIMES[2].expand(3), cond), model(x, TIMES[2].expand(3), cond))
     assert table.index(500.5) == 1
     with pytest.raises(ValueError, match=r"one of the 4 times of the table, got 7\.0"):
         predict(x, torch.full((3,), 7.0))
@@ -244,8 +270,9 @@ def test_samplers_find_the_step_by_its_time() -> None:
         predict(x, TIMES[:3])
 
 
-def test_compiled_and_moved() -> None:
-    model, x = small_dit(depth=1), images()
+@OF_LABELS
+def test_compiled_and_moved(make: Any) -> None:
+    model, x = make(depth=1 if make is not small_hybrid else 2), images()
     table = model.precompute_modulation(TIMES, LABELS)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -261,3 +288,120 @@ def test_a_device_as_text_is_not_taken_for_a_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(ValueError, match=r"keep: expected a file, or torch\.device\('cpu'\), got 'cpu'"):
         model.drop_modulation_weights(keep="cpu")
     assert not list(tmp_path.iterdir()) and not model._dropped()
+
+
+# ----------------------------------------------------------------------------------------- what else is common
+
+
+def test_one_signature_for_all() -> None:
+    for method in ("forward", "forward_with_cfg", "precompute_modulation"):
+        for kind in (DiffusionMamba, HybridDiffusion, TextDiT):
+            theirs = inspect.signature(getattr(DiT, method)).parameters
+            ours = inspect.signature(getattr(kind, method)).parameters
+            for name, parameter in theirs.items():
+                assert ours[name].kind == parameter.kind, (kind, method, name)
+            assert [n for n in ours if n in theirs] == list(theirs)
+            if kind is not TextDiT:
+                assert str(ours) == str(theirs)
+
+
+@ALL
+@pytest.mark.parametrize("training", [False, True])
+def test_gradient_checkpointing_recomputes_blocks_and_changes_no_gradient(make: Any, training: bool) -> None:
+    plain = make().train(training)
+    saving = copy.deepcopy(plain)
+    saving.gradient_checkpointing = True
+    x, t, cond = images(), TIMES[:3], condition(plain)
+    runs: list[int] = []
+    for block in saving.blocks:
+        block.register_forward_pre_hook(lambda *_: runs.append(1))
+    kept: list[int] = []
+    for model in (plain, saving):
+        torch.manual_seed(0)  # dropout of the condition
+        held: dict[int, int] = {}
+
+        def keep(tensor: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(x, t, cond).square().sum()
+        kept.append(sum(held.values()))
+        loss.backward()
+    assert len(runs) == 6  # three blocks, forward and again in the backward pass
+    assert kept[1] < 0.6 * kept[0]
+    for (name, p), q in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
+        assert p.grad is not None and p.grad.abs().max() > 0, name
+        assert torch.equal(p.grad, q[1].grad), name
+    runs.clear()
+    with torch.no_grad():
+        saving(x, t, cond)
+    assert len(runs) == 3
+
+
+@ALL
+@torch.no_grad()
+@pytest.mark.parametrize("place", range(4))
+def test_control_is_added_to_the_tokens_behind_a_block(make: Any, place: int) -> None:
+    model = make().double()
+    x, t, cond = images(torch.float64), TIMES[:3], condition(model)
+    cond = cond.double() if cond.is_floating_point() else cond
+    added, plain, changed = torch.randn(3, 4, 24, dtype=torch.float64), list[Tensor](), list[Tensor]()
+    expected = model(x, t, cond, taps=plain)
+    got = model(x, t, cond, control=[None] * place + [added], taps=changed)
+    assert len(plain) == len(changed) == 3 and (got - expected).abs().max() > 0.01
+    assert all(map(torch.equal, plain[: max(place - 1, 0)], changed))
+    if place:
+        close(changed[place - 1] - plain[place - 1], added, 1e-12)
+
+
+@OF_LABELS
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_guidance_mixes_two_predictions(make: Any, scale: float) -> None:
+    model, x, t = make().double(), images(torch.float64), TIMES[:3]
+    pred, uncond = model(x, t, LABELS), model(x, t)
+    assert (pred - uncond).abs().max() > 0.01
+    guided = model.forward_with_cfg(x, t, LABELS, scale)
+    close(guided[:, :2], uncond[:, :2] + scale * (pred[:, :2] - uncond[:, :2]), 1e-12)
+    close(guided[:, 2:], pred[:, 2:], 1e-12)  # variances are not guided
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=rf"\[{name}.forward_with_cfg\] cond: expected labels \[B\], got None"):
+        model.forward_with_cfg(x, t, None, scale)
+    with pytest.raises(ValueError, match="no unconditional"):
+        make(class_dropout_prob=0.0).forward_with_cfg(images(), t, LABELS, scale)
+
+
+@ALL
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 0}, "depth: expected at least 1, got 0"),
+        ({"in_channels": 0}, "in_channels: expected at least 1, got 0"),
+        ({"input_size": 5}, "input_size: expected a multiple of patch_size=2, got 5"),
+        ({"hidden_size": 26}, "hidden_size: expected a multiple of 4, got 26"),
+        ({"time_scale": 0.0}, "time_scale: expected above 0, got 0.0"),
+        ({"_dropout_prob": 1.5}, r"_dropout_prob: expected in \[0, 1\], got 1.5"),
+    ],
+)
+def test_bad_settings_are_named(make: Any, change: dict[str, Any], message: str) -> None:
+    name = type(make()).__name__
+    kind = "caption" if make is small_text else "class"
+    settings = {kind + key if key.startswith("_") else key: value for key, value in change.items()}
+    with pytest.raises(ValueError, match=rf"\[{name}\] \w*{message}"):
+        make(**settings)
+
+
+@ALL
+def test_bad_calls_are_named(make: Any) -> None:
+    model, x, t = make(), images(), TIMES[:3]
+    cond, name = condition(model), type(model).__name__
+    for arguments, message in (
+        ((x[:, :1], t, cond), r"x: expected shape \[B,2,4,4\], got \[3, 1, 4, 4\]"),
+        ((x, t[:1], cond), r"t: expected shape \[3\], got \[1\]"),
+        ((x, None, cond), r"t: expected shape \[3\], got None"),
+        ((x, t, cond[:1]), r"cond: expected .*\[3.*\], got \[1"),
+    ):
+        with pytest.raises(ValueError, match=rf"\[{name}\] {message}"):
+            model(*arguments)
+    with pytest.raises(ValueError, match=rf"\[{name}\] control: expected at most 4 entries, got 5"):
+        model(x, t, cond, control=[None] * 5)

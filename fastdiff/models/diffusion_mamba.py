@@ -14,31 +14,27 @@ Only ``order="raster"`` keeps Mamba's own block: there a patch knows nothing of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
 from fastdiff.models import scan_orders
-from fastdiff.models._control import control_entries
+from fastdiff.models._backbone import ClassConditional
 from fastdiff.models._layers import (
     Attention,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    may_recompute,
     require,
     sincos_position_embedding,
 )
 from fastdiff.models.dit import FinalLayer
 from fastdiff.models.mamba import MambaBlock, initial_step_bias
-from fastdiff.models.modulation import check_times
 from fastdiff.ops import _linear
 
 __all__ = ["DIFFUSION_MAMBA_PRESETS", "DiffusionMamba", "GridScan", "HybridDiffusion", "diffusion_mamba"]
@@ -135,8 +131,32 @@ class Block(nn.Module):
             self.add_module(name, branch)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 3 * len(branches) * hidden_size))
 
+    @property
+    def branches(self) -> int:
+        return len(self.names)
 
-class DiffusionMamba(nn.Module):
+    def forward(
+        self,
+        x: Tensor,
+        h: Tensor,
+        own: Sequence[Tensor],
+        shift_next: Tensor,
+        scale_next: Tensor,
+        control: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, its modulated norm) -> the same for the next block, whose shift and scale follow `own`.
+
+        `control` [B,N,D] is added to x behind this block.
+        """
+        vectors = (*own, shift_next, scale_next)
+        for i, name in enumerate(self.names, 1):
+            branch = getattr(self, name)(h)
+            x = x if control is None or i < len(self.names) else x + control
+            x, h = ops.gate_residual_adaln(x, branch, *vectors[3 * i - 3 : 3 * i])
+        return x, h
+
+
+class DiffusionMamba(ClassConditional):
     """State-space backbone with adaLN-Zero conditioning.
 
     Args:
@@ -157,15 +177,13 @@ class DiffusionMamba(nn.Module):
         attention_every: every so many blocks, attention and an MLP instead of a scan; 0 for none.
         num_heads: of the attention.
         mlp_ratio: hidden width of the MLP over D.
-        gradient_checkpointing: while training, keep only what passes between branches, and run each again in the
-            backward pass.
+
+    Attributes:
+        gradient_checkpointing: see `DiT`.
 
     Raises:
         ValueError: an argument is out of range.
     """
-
-    pos_embed: Tensor
-    derived_buffers = ("pos_embed",)  # computed here; a file need not have it
 
     def __init__(
         self,
@@ -185,20 +203,14 @@ class DiffusionMamba(nn.Module):
         attention_every: int = 0,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
-        gradient_checkpointing: bool = False,
     ) -> None:
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = settings
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "d_state", "expand"):
-            self._require(settings[name] >= 1, name, "at least 1", settings[name])
-        self._require(input_size % patch_size == 0, "input_size", f"a multiple of patch_size={patch_size}", input_size)
-        self._require(hidden_size % 4 == 0, "hidden_size", "a multiple of 4", hidden_size)
+        self.config = settings
+        self._check_config(counts=("d_state", "expand"))
         names = ", ".join(scan_orders.NAMES)
         self._require(order in scan_orders.NAMES, "order", f"one of {names}", repr(order))
-        self._require(0 <= class_dropout_prob <= 1, "class_dropout_prob", "in [0, 1]", class_dropout_prob)
         self._require(num_classes >= 0, "num_classes", "0 (unconditional) or more", num_classes)
-        self._require(time_scale > 0, "time_scale", "above 0", time_scale)
         self._require(attention_every >= 0, "attention_every", "0 (none) or more", attention_every)
         if attention_every:
             heads_fit = num_heads >= 1 and hidden_size % num_heads == 0
@@ -206,7 +218,6 @@ class DiffusionMamba(nn.Module):
             self._require(mlp_ratio > 0, "mlp_ratio", "above 0", mlp_ratio)
 
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.gradient_checkpointing = gradient_checkpointing
         side = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, time_scale)
@@ -242,159 +253,6 @@ class DiffusionMamba(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | None,
-        cond: Tensor | None = None,
-        *,
-        modulation: Tensor | None = None,
-        control: Sequence[Tensor | None] | None = None,
-        taps: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Predicts the training target (noise, velocity, ...) for noisy images.
-
-        Args:
-            x: [B, in_channels, input_size, input_size].
-            t: [B], times in the units that ``time_scale`` was chosen for.
-            cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
-            modulation: [B,V], one step of `precompute_modulation`; then t and cond are not looked at.
-            control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
-            taps: a list to which the tokens behind each block are appended.
-
-        Returns:
-            [B, out_channels, input_size, input_size].
-
-        Raises:
-            ValueError: a shape or the presence of labels does not fit the model.
-        """
-        self._check_images(x)
-        if modulation is None:
-            self._check_conditions(len(x), t, cond)
-            assert t is not None  # checked
-            modulation = self._modulation(self._condition(t, cond, drop=self.training))
-        width = self.config["hidden_size"]
-        branches = list(self._branches())
-        size = (len(x), (3 * len(branches) + 2) * width)
-        self._require(modulation.shape == size, "modulation", f"shape {list(size)}", list(modulation.shape))
-        # (shift, scale, gate) of each branch, then (shift, scale) of the final layer: [B,D] each.
-        v = modulation.unflatten(-1, (-1, width)).unbind(-2)
-        keep_little = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-
-        added = control_entries(type(self).__name__, control, len(self.blocks))
-        ends = {n: k for k, n in enumerate(accumulate(len(block.names) for block in self.blocks), 1)}
-
-        x = self.x_embedder(x) + self.pos_embed
-        x = x if added[0] is None else x + added[0]
-        h = ops.adaln_modulate(x, v[0], v[1])
-        for i, branch in enumerate(branches):
-            gate, shift_next, scale_next = v[3 * i + 2 : 3 * i + 5]
-            behind = added[ends[i + 1]] if i + 1 in ends else None
-            x = x if behind is None else x + behind
-            if keep_little and may_recompute(branch):
-                x, h = checkpoint(_site, branch, x, h, gate, shift_next, scale_next, use_reentrant=False)
-            else:
-                x, h = _site(branch, x, h, gate, shift_next, scale_next)
-            if taps is not None and i + 1 in ends:
-                taps.append(x)
-        return self._unpatchify(_linear.call(self.final_layer.linear, h))
-
-    @torch.no_grad()
-    def precompute_modulation(self, timesteps: Tensor, cond: Tensor | None = None, *, batch: int = 1) -> Tensor:
-        """Every branch's modulation for every step of a schedule: one product per block instead of one per step.
-
-        A run that passes ``modulation=table[i]`` does not use the embedders or the ``adaLN_modulation`` layers.
-        No label is dropped, in training mode either.
-
-        Args:
-            timesteps: [T], in the units of `forward`.
-            cond: [B] labels, or None.
-            batch: B where there are no labels.
-
-        Returns:
-            [T,B,V].
-        """
-        check_times(f"{type(self).__name__}.precompute_modulation", timesteps)
-        steps, batch = len(timesteps), batch if cond is None else len(cond)
-        labels = None if cond is None else cond.repeat(steps)
-        times = timesteps.repeat_interleave(batch)
-        self._check_labels(times, labels)
-        values = self._modulation(self._condition(times, labels, drop=False))
-        return values.view(steps, batch, values.shape[-1])
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, cond: Tensor, guidance_scale: float) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans, 2022): ``uncond + guidance_scale * (pred - uncond)``, in one batch.
-
-        Args:
-            x: [B, in_channels, input_size, input_size].
-            t: [B].
-            cond: [B] int64 class labels.
-            guidance_scale: 1 is the conditional prediction, 0 the unconditional one.
-
-        Returns:
-            [B, out_channels, input_size, input_size]; learned variance channels are the conditional ones.
-
-        Raises:
-            ValueError: a shape does not fit, or the model has no null class.
-        """
-        self._require(cond is not None, "cond", "labels [B]", None)
-        self._check_images(x)
-        self._check_conditions(len(x), t, cond)
-        self._check_labels(t, None)  # guidance needs the null class
-        labels = torch.cat([cond, torch.full_like(cond, self.config["num_classes"])])
-        pred, uncond = self(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
-        c = self.config["in_channels"]
-        guided = uncond[:, :c] + guidance_scale * (pred[:, :c] - uncond[:, :c])
-        return torch.cat([guided, pred[:, c:]], dim=1)
-
-    def _condition(self, t: Tensor, cond: Tensor | None, *, drop: bool) -> Tensor:
-        """[B,D]: the time and the label (the null class for None); ``drop``: with label dropout."""
-        c: Tensor = self.t_embedder(t)
-        if self.y_embedder is None:
-            return c
-        null = self.config["num_classes"]
-        labels = t.new_full(t.shape, null, dtype=torch.long) if cond is None else cond
-        return c + (self.y_embedder if drop else self.y_embedder.embedding_table)(labels)
-
-    def _modulation(self, c: Tensor) -> Tensor:
-        """[B,V]: the vectors of all branches in a row, then those of the final layer."""
-        parts: tuple[Any, ...] = (*self.blocks, self.final_layer)
-        return torch.cat([part.adaLN_modulation(c) for part in parts], dim=-1)
-
-    def _branches(self) -> Iterator[nn.Module]:
-        return (getattr(block, name) for block in self.blocks for name in block.names)
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """[B, N, p*p*C] -> [B, C, H, W]; within a token the order is (row, column, channel), as in DiT."""
-        p, g = self.config["patch_size"], self.config["input_size"] // self.config["patch_size"]
-        tokens = tokens.reshape(len(tokens), g, g, p, p, self.out_channels)
-        return tokens.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.out_channels, g * p, g * p)
-
-    def _check_images(self, x: Tensor) -> None:
-        c, s = self.config["in_channels"], self.config["input_size"]
-        self._require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
-
-    def _check_conditions(self, batch: int, t: Tensor | None, cond: Tensor | None) -> None:
-        got = None if t is None else list(t.shape)
-        self._require(t is not None and got == [batch], "t", f"shape [{batch}]", got)
-        assert t is not None  # checked
-        self._check_labels(t, cond)
-
-    def _check_labels(self, t: Tensor, cond: Tensor | None) -> None:
-        classes, has_null = self.config["num_classes"], self.config["class_dropout_prob"] > 0
-        if cond is not None:
-            self._require(classes > 0, "cond", "None (the model was built with num_classes=0)", list(cond.shape))
-            self._require(cond.shape == t.shape, "cond", f"shape [{len(t)}]", list(cond.shape))
-            self._require(cond.dtype in (torch.int64, torch.int32), "cond", "integer labels", cond.dtype)
-        elif classes > 0:
-            self._require(
-                has_null, "cond", "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)", None
-            )
-
-    def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
-        require(ok, type(self).__name__, argument, expected, got)
-
 
 class HybridDiffusion(DiffusionMamba):
     """A `DiffusionMamba` in which every k-th block is one of a DiT: attention and an MLP.
@@ -407,13 +265,6 @@ class HybridDiffusion(DiffusionMamba):
     def __init__(self, *args: Any, attention_every: int = 4, **options: Any) -> None:
         require(attention_every >= 1, "HybridDiffusion", "attention_every", "at least 1", attention_every)
         super().__init__(*args, attention_every=attention_every, **options)
-
-
-def _site(
-    branch: nn.Module, x: Tensor, h: Tensor, gate: Tensor, shift_next: Tensor, scale_next: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A branch, its gated residual and the next branch's norm."""
-    return ops.gate_residual_adaln(x, branch(h), gate, shift_next, scale_next)
 
 
 def _at_least_float(t: Tensor) -> Tensor:

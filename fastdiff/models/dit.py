@@ -20,13 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
-from fastdiff.models._control import control_entries
+from fastdiff.models._backbone import ClassConditional
 from fastdiff.models._diffusers_dit import DiffusersDiT
 from fastdiff.models._layers import (
     Attention,
@@ -34,13 +31,8 @@ from fastdiff.models._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    may_recompute,
-    require,
     sincos_position_embedding,
-    unpatchify,
 )
-from fastdiff.models.modulation import Modulated, Modulation, ModulationTable, check_times, rows_of_labels
-from fastdiff.ops import _linear
 
 __all__ = ["DIT_PRESETS", "DiT", "dit"]
 
@@ -70,7 +62,9 @@ def dit(name: str, **overrides: Any) -> DiT:
 
 
 class DiTBlock(nn.Module):
-    """The two branches of a block and its modulation; :meth:`DiT.forward` chains them across norm sites."""
+    """The two branches of a block and its modulation; `DiT` chains them across norm sites."""
+
+    branches = 2
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, mlp_norm_eps: float) -> None:
         super().__init__()
@@ -108,7 +102,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
 
-class DiT(DiffusersDiT, Modulated):
+class DiT(DiffusersDiT, ClassConditional):
     """Diffusion transformer with adaLN-Zero conditioning.
 
     Args:
@@ -139,10 +133,6 @@ class DiT(DiffusersDiT, Modulated):
         ValueError: an argument is out of range.
     """
 
-    pos_embed: Tensor
-    gradient_checkpointing: bool
-    derived_buffers = ("pos_embed",)  # computed here; a file need not have it
-
     def __init__(
         self,
         input_size: int = 32,
@@ -161,38 +151,15 @@ class DiT(DiffusersDiT, Modulated):
         mlp_norm_eps: float = 1e-6,
         shared_embedders: bool = True,
     ) -> None:
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "class_dropout_prob": class_dropout_prob,
-            "num_classes": num_classes,
-            "learn_sigma": learn_sigma,
-            "time_scale": time_scale,
-            "frequency_shift": frequency_shift,
-            "mlp_norm_eps": mlp_norm_eps,
-            "shared_embedders": shared_embedders,
-        }
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
-            _require(self.config[name] >= 1, name, "at least 1", self.config[name])
-        _require(input_size % patch_size == 0, "input_size", f"a multiple of patch_size={patch_size}", input_size)
-        _require(hidden_size % num_heads == 0, "hidden_size", f"a multiple of num_heads={num_heads}", hidden_size)
-        _require(hidden_size % 4 == 0, "hidden_size", "a multiple of 4", hidden_size)
-        _require(mlp_ratio > 0, "mlp_ratio", "above 0", mlp_ratio)
-        _require(0 <= class_dropout_prob <= 1, "class_dropout_prob", "in [0, 1]", class_dropout_prob)
-        _require(num_classes >= 0, "num_classes", "0 (unconditional) or more", num_classes)
-        _require(time_scale > 0, "time_scale", "above 0", time_scale)
-
-        _require(frequency_shift < TimestepEmbedder.frequencies, "frequency_shift", "below 128", frequency_shift)
-        _require(mlp_norm_eps >= 0, "mlp_norm_eps", "0 or more", mlp_norm_eps)
+        self.config = settings
+        self._check_config(counts=("num_heads",), positive=("mlp_ratio",))
+        self._require(num_classes >= 0, "num_classes", "0 (unconditional) or more", num_classes)
+        self._require(frequency_shift < TimestepEmbedder.frequencies, "frequency_shift", "below 128", frequency_shift)
+        self._require(mlp_norm_eps >= 0, "mlp_norm_eps", "0 or more", mlp_norm_eps)
 
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
 
         def embedders() -> tuple[Any, Any]:
@@ -220,181 +187,5 @@ class DiT(DiffusersDiT, Modulated):
             else:  # matrices; the patch embedding is one as well, over flattened patches
                 nn.init.xavier_uniform_(parameter.data.flatten(1))
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor | None,
-        cond: Tensor | None = None,
-        *,
-        modulation: Modulation | None = None,
-        control: Sequence[Tensor | None] | None = None,
-        taps: list[Tensor] | None = None,
-    ) -> Tensor:
-        """Predicts the training target (noise, velocity, ...) for noisy images.
-
-        Args:
-            x: [B, in_channels, input_size, input_size].
-            t: [B], times in the units that ``time_scale`` was chosen for.
-            cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
-            modulation: a step of a table (:meth:`precompute_modulation`), in place of t and cond, which are not used.
-            control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
-            taps: a list to which the tokens behind each block are appended.
-
-        Returns:
-            [B, out_channels, input_size, input_size].
-
-        Raises:
-            ValueError: a shape, the presence of labels or the table does not fit the model.
-        """
-        self._check(x, t, cond, modulation)
-        if modulation is not None:
-            width = self.config["hidden_size"]
-            found = modulation.for_batch(len(x)).split([6 * width] * len(self.blocks) + [2 * width], dim=-1)
-        else:
-            assert t is not None  # checked
-            found = tuple(self._modulation(t, cond, drop=self.training))
-        # One [B,D] vector per (site, role); a site's shift and scale are used where the norm is, after the last gate.
-        mods = [row.chunk(6, dim=-1) for row in found[:-1]]
-        mods.append(found[-1].chunk(2, dim=-1))
-        added = control_entries("DiT", control, len(self.blocks))
-        x = self.x_embedder(x) + self.pos_embed
-        x = x if added[0] is None else x + added[0]
-        h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
-        for i, block in enumerate(self.blocks):
-            site = (x, h, mods[i][2:], *mods[i + 1][:2], added[i + 1])
-            if self.gradient_checkpointing and torch.is_grad_enabled() and may_recompute(block):
-                x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
-            else:
-                x, h = block(*site)
-            if taps is not None:
-                taps.append(x)
-        return unpatchify(_linear.call(self.final_layer.linear, h), self.config["patch_size"])
-
-    def forward_with_cfg(
-        self,
-        x: Tensor,
-        t: Tensor | None,
-        cond: Tensor | None,
-        guidance_scale: float,
-        *,
-        modulation: Modulation | None = None,
-    ) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans, 2022): ``uncond + guidance_scale * (pred - uncond)``, in one batch.
-
-        All ``in_channels`` of the prediction are guided; learned variance channels are the conditional ones. (The
-        published sampling code guides three of its four latent channels, by its own account for reproducibility only.)
-
-        Args:
-            x: [B, in_channels, input_size, input_size].
-            t: [B].
-            cond: [B] int64 class labels.
-            guidance_scale: 1 is the conditional prediction, 0 the unconditional one.
-            modulation: a step of a table with ``guidance=True``, in place of t and cond.
-
-        Returns:
-            [B, out_channels, input_size, input_size].
-
-        Raises:
-            ValueError: as in :meth:`forward`; the model or the table has no null class.
-        """
-        self._check(x, t, cond, modulation)
-        twice = torch.cat([x, x])
-        if modulation is not None:
-            pred, uncond = self(twice, None, modulation=modulation.guided(len(x))).chunk(2)
-        else:
-            if cond is None or t is None:
-                raise ValueError("[DiT.forward_with_cfg] cond: expected labels [B], got None")
-            self._check(x, t, None)  # guidance needs the null class
-            labels = torch.cat([cond, torch.full_like(cond, self.config["num_classes"])])
-            pred, uncond = self(twice, torch.cat([t, t]), labels).chunk(2)
-        c = self.config["in_channels"]
-        guided = uncond[:, :c] + guidance_scale * (pred[:, :c] - uncond[:, :c])
-        return torch.cat([guided, pred[:, c:]], dim=1)
-
-    # ------------------------------------------------------------------------------------------------ modulation
-
-    @torch.no_grad()
-    def precompute_modulation(
-        self, timesteps: Tensor, cond: Tensor | None = None, *, guidance: bool = False
-    ) -> ModulationTable:
-        """The modulation of every block for a whole schedule: each layer makes one product for all times and labels.
-
-        Args:
-            timesteps: [T], the times of the steps.
-            cond: [B] int64 class labels, the same at every step; equal ones are computed once. If all are equal (or
-                None: the unconditional prediction), the table serves a batch of any size.
-            guidance: add the null class, for :meth:`forward_with_cfg`.
-
-        Returns:
-            ``(T * U, (6 depth + 2) D)`` numbers for U distinct labels, in the type of the weights.
-
-        Raises:
-            ValueError: a shape or the labels do not fit the model.
-        """
-        check_times("DiT.precompute_modulation", timesteps)
-        null = self.config["num_classes"]
-        rows, null_row, distinct = None, None, None
-        if cond is not None:
-            _require(cond.dim() == 1 and len(cond) > 0, "cond", "labels [B], at least one", list(cond.shape))
-        self._check_labels(cond, 0 if cond is None else len(cond))
-        if guidance:
-            _require(cond is not None, "cond", "labels [B], to be guided away from the null class", None)
-            self._check_labels(None, 0)
-        if cond is not None:
-            distinct, rows, null_row = rows_of_labels(cond, null if guidance else None)
-        each = 1 if distinct is None else len(distinct)
-        times = timesteps.repeat_interleave(each)
-        labels = None if distinct is None else distinct.repeat(len(timesteps))
-        values = torch.cat(self._modulation(times, labels, drop=False), dim=-1)
-        return ModulationTable(values.view(len(timesteps), each, -1), timesteps, rows, null_row)
-
-    def _modulation(self, t: Tensor, labels: Tensor | None, *, drop: bool) -> list[Tensor]:
-        """[B, 6 D] of every block and [B, 2 D] of the final layer; ``drop``: with label dropout."""
-        self._require_modulation_weights()
-        if labels is None:
-            labels = t.new_full(t.shape, self.config["num_classes"], dtype=torch.long)
-        owners: list[Any] = [self] if self.config["shared_embedders"] else [*self.blocks, self.blocks[0]]
-        conditions = []
-        for owner in owners:
-            c = owner.t_embedder(t)
-            if owner.y_embedder is not None:
-                c = c + (owner.y_embedder if drop else owner.y_embedder.embedding_table)(labels)
-            conditions.append(F.silu(c))
-        layers = list(self._modulation_layers().values())
-        conditions = conditions * len(layers) if len(conditions) == 1 else conditions
-        return [_linear.call(layer, c) for layer, c in zip(layers, conditions, strict=True)]
-
-    def _modulation_layers(self) -> dict[str, nn.Linear]:
-        layers: dict[str, Any] = {
-            f"blocks.{i}.adaLN_modulation.1": b.adaLN_modulation[1] for i, b in enumerate(self.blocks)
-        }
-        return {**layers, "final_layer.adaLN_modulation.1": self.final_layer.adaLN_modulation[1]}
-
-    # ------------------------------------------------------------------------------------------------ checks
-
-    def _check(self, x: Tensor, t: Tensor | None, cond: Tensor | None, modulation: Modulation | None = None) -> None:
-        c, s = self.config["in_channels"], self.config["input_size"]
-        _require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
-        if modulation is not None:
-            self._check_table(modulation, (6 * len(self.blocks) + 2) * self.config["hidden_size"])
-            return
-        _require(t is not None, "t", f"shape [{len(x)}]", None)
-        _require(
-            t is not None and t.shape == x.shape[:1], "t", f"shape [{len(x)}]", None if t is None else list(t.shape)
-        )
-        self._check_labels(cond, len(x))
-
-    def _check_labels(self, cond: Tensor | None, batch: int) -> None:
-        classes = self.config["num_classes"]
-        if cond is not None:
-            _require(classes > 0, "cond", "None (the model was built with num_classes=0)", list(cond.shape))
-            _require(cond.shape == (batch,), "cond", f"shape [{batch}]", list(cond.shape))
-            _require(cond.dtype in (torch.int64, torch.int32), "cond", "integer labels", cond.dtype)
-        elif classes > 0:
-            has_null = self.config["class_dropout_prob"] > 0
-            _require(has_null, "cond", "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)", None)
-
-
-def _require(ok: bool, argument: str, expected: str, got: object) -> None:
-    require(ok, "DiT", argument, expected, got)
+    def _embedders(self) -> Sequence[Any]:
+        return [self] if self.config["shared_embedders"] else [*self.blocks, self.blocks[0]]

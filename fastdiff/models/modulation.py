@@ -15,8 +15,8 @@ one product of everything, took three times as long on a CPU, since the copy cos
 
 Memory: a table holds ``T * U * K`` numbers for T times and U distinct conditions (and the null class with
 ``guidance=True``). DiT: ``K = (6 depth + 2) D``, in float32 0.78 MB a row for DiT-XL, whose weights for it are 903 MB
-(``(6 depth + 2) D (D + 1)`` numbers). TextDiT: ``K = 7 D``, 32 kB a row; its one layer has 32 MB (``6 D (D + 1)``
-numbers).
+(``(6 depth + 2) D (D + 1)`` numbers). DiffusionMamba: ``K = (3 depth + 2) D``, and 3 D more for each block of
+attention. TextDiT: ``K = 7 D``, 32 kB a row; its one layer has 32 MB (``6 D (D + 1)`` numbers).
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
+from fastdiff.models._backbone import Backbone
 from fastdiff.models._captions import (
     Caption,
     CaptionEmbedder,
@@ -33,7 +33,6 @@ from fastdiff.models._captions import (
     may_read,
     split_caption,
 )
-from fastdiff.models._control import control_entries
 from fastdiff.models._diffusers_text_dit import DiffusersTextDiT
 from fastdiff.models._layers import (
     Attention,
@@ -41,12 +40,9 @@ from fastdiff.models._layers import (
     Mlp,
     PatchEmbed,
     TimestepEmbedder,
-    may_recompute,
-    require,
     sincos_position_embedding,
-    unpatchify,
 )
-from fastdiff.models.modulation import Modulated, Modulation, ModulationTable, check_times
+from fastdiff.models.modulation import Modulation, ModulationTable, check_times
 from fastdiff.ops import _linear
 
 __all__ = ["TEXT_DIT_PRESETS", "TextDiT", "text_dit"]
@@ -119,7 +115,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, hidden_size))
 
 
-class TextDiT(DiffusersTextDiT, Modulated):
+class TextDiT(DiffusersTextDiT, Backbone):
     """Diffusion transformer with cross-attention to text tokens and adaLN-single conditioning.
 
     Args:
@@ -147,10 +143,6 @@ class TextDiT(DiffusersTextDiT, Modulated):
         ValueError: an argument is out of range.
     """
 
-    pos_embed: Tensor
-    gradient_checkpointing: bool
-    derived_buffers = ("pos_embed",)  # computed here; a file need not have it
-
     def __init__(
         self,
         input_size: int = 32,
@@ -169,37 +161,15 @@ class TextDiT(DiffusersTextDiT, Modulated):
         position_scale: float = 1.0,
         micro_conditions: bool = False,
     ) -> None:
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config: dict[str, Any] = {
-            "input_size": input_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "caption_channels": caption_channels,
-            "caption_tokens": caption_tokens,
-            "caption_dropout_prob": caption_dropout_prob,
-            "learn_sigma": learn_sigma,
-            "time_scale": time_scale,
-            "position_scale": position_scale,
-            "micro_conditions": micro_conditions,
-        }
-        counts = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-        for name in (*counts, "caption_channels", "caption_tokens"):
-            _require(self.config[name] >= 1, name, "at least 1", self.config[name])
-        for name in ("mlp_ratio", "time_scale", "position_scale"):
-            _require(self.config[name] > 0, name, "above 0", self.config[name])
-        _require(input_size % patch_size == 0, "input_size", f"a multiple of patch_size={patch_size}", input_size)
-        _require(hidden_size % num_heads == 0, "hidden_size", f"a multiple of num_heads={num_heads}", hidden_size)
-        _require(hidden_size % 4 == 0, "hidden_size", "a multiple of 4", hidden_size)
-        _require(0 <= caption_dropout_prob <= 1, "caption_dropout_prob", "in [0, 1]", caption_dropout_prob)
+        self.config = settings
+        counts, positive = ("num_heads", "caption_channels", "caption_tokens"), ("mlp_ratio", "position_scale")
+        self._check_config(counts=counts, positive=positive)
         if micro_conditions:
-            _require(hidden_size % 3 == 0, "hidden_size", "a multiple of 3 (micro_conditions=True)", hidden_size)
+            self._require(hidden_size % 3 == 0, "hidden_size", "a multiple of 3 (micro_conditions=True)", hidden_size)
 
         self.out_channels = in_channels * (2 if learn_sigma else 1)
-        self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, time_scale)
         if micro_conditions:
@@ -268,24 +238,12 @@ class TextDiT(DiffusersTextDiT, Modulated):
             c = self._modulation(t, resolution, aspect_ratio)
         # One [B,D] vector per (site, role); a site's shift and scale are used where the norm is, after the last gate.
         shared, last = c[:, : 6 * width].unflatten(-1, (6, width)), c[:, None, 6 * width :]
-        mods = [(block.scale_shift_table + shared).unbind(1) for block in self.blocks]
-        mods.append((self.final_layer.scale_shift_table + last).unbind(1))
+        vectors = [(block.scale_shift_table + shared).unbind(1) for block in self.blocks]
+        vectors.append((self.final_layer.scale_shift_table + last).unbind(1))
 
         tokens, mask = self._caption(cond, x)
         text = self.y_embedder(tokens)
-        added = control_entries("TextDiT", control, len(self.blocks))
-        x = self.x_embedder(x) + self.pos_embed
-        x = x if added[0] is None else x + added[0]
-        h = ops.adaln_modulate(x, mods[0][0], mods[0][1])
-        for i, block in enumerate(self.blocks):
-            site = (x, h, text, mask, mods[i][2:], *mods[i + 1][:2], added[i + 1])
-            if self.gradient_checkpointing and torch.is_grad_enabled() and may_recompute(block):
-                x, h = checkpoint(block, *site, use_reentrant=False)  # type: ignore[misc]
-            else:
-                x, h = block(*site)
-            if taps is not None:
-                taps.append(x)
-        return unpatchify(_linear.call(self.final_layer.linear, h), self.config["patch_size"])
+        return self._through_blocks(x, vectors, text, mask, control=control, taps=taps)
 
     def forward_with_cfg(
         self,
@@ -333,10 +291,7 @@ class TextDiT(DiffusersTextDiT, Modulated):
         if modulation is not None:
             modulation = modulation.guided(len(x))
         times = None if t is None else torch.cat([t, t])
-        pred, uncond = self(torch.cat([x, x]), times, both, modulation=modulation, **extra).chunk(2)
-        c = self.config["in_channels"]
-        guided = uncond[:, :c] + guidance_scale * (pred[:, :c] - uncond[:, :c])
-        return torch.cat([guided, pred[:, c:]], dim=1)
+        return self._guided(self(torch.cat([x, x]), times, both, modulation=modulation, **extra), guidance_scale)
 
     # ------------------------------------------------------------------------------------------------ modulation
 
@@ -384,17 +339,14 @@ class TextDiT(DiffusersTextDiT, Modulated):
                 resolution = t.new_full((len(t), 2), 8 * self.config["input_size"])
             if aspect_ratio is None:
                 aspect_ratio = t.new_ones(len(t))
-            _require(resolution.shape == (len(t), 2), "resolution", f"shape [{len(t)},2]", list(resolution.shape))
-            _require(aspect_ratio.numel() == len(t), "aspect_ratio", f"shape [{len(t)}]", list(aspect_ratio.shape))
+            self._require(resolution.shape == (len(t), 2), "resolution", f"shape [{len(t)},2]", list(resolution.shape))
+            self._require(aspect_ratio.numel() == len(t), "aspect_ratio", f"shape [{len(t)}]", list(aspect_ratio.shape))
             size = self.csize_embedder(resolution.flatten()).reshape(len(t), -1)
             c = c + torch.cat([size, self.ar_embedder(aspect_ratio.flatten())], dim=1)
         else:
-            extra = [
-                name
-                for name, value in (("resolution", resolution), ("aspect_ratio", aspect_ratio))
-                if value is not None
-            ]
-            _require(not extra, ", ".join(extra), "None (the model was built without micro_conditions)", "a tensor")
+            given = {"resolution": resolution, "aspect_ratio": aspect_ratio}
+            extra = ", ".join(name for name, value in given.items() if value is not None)
+            self._require(not extra, extra, "None (the model was built without micro_conditions)", "a tensor")
         return torch.cat([_linear.call(self._modulation_layers()["t_block.1"], F.silu(c)), c], dim=-1)
 
     def _modulation_layers(self) -> dict[str, nn.Linear]:
@@ -422,24 +374,13 @@ class TextDiT(DiffusersTextDiT, Modulated):
 
     def _check_null(self, tokens: int) -> None:
         has_null = self.config["caption_dropout_prob"] > 0
-        _require(has_null, "cond", "a caption (caption_dropout_prob=0 leaves no unconditional prediction)", None)
+        self._require(has_null, "cond", "a caption (caption_dropout_prob=0 leaves no unconditional prediction)", None)
         most = self.config["caption_tokens"]
-        _require(tokens <= most, "cond", f"at most {most} tokens (caption_tokens) beside the null caption", tokens)
+        self._require(tokens <= most, "cond", f"at most {most} tokens (caption_tokens) beside the null caption", tokens)
 
     def _check(self, x: Tensor, t: Tensor | None, cond: Caption | None, modulation: Modulation | None) -> None:
-        c, s = self.config["in_channels"], self.config["input_size"]
-        _require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
-        if modulation is not None:
-            self._check_table(modulation, 7 * self.config["hidden_size"])
-        else:
-            _require(
-                t is not None and t.shape == x.shape[:1], "t", f"shape [{len(x)}]", None if t is None else list(t.shape)
-            )
+        self._check_inputs(x, t, modulation, 7 * self.config["hidden_size"])
         if cond is None:
             self._check_null(0)
             return
         check_caption("TextDiT", cond, len(x), self.config["caption_channels"])
-
-
-def _require(ok: bool, argument: str, expected: str, got: object) -> None:
-    require(ok, "TextDiT", argument, expected, got)
