@@ -1,4 +1,5 @@
-// Sampler updates on CUDA: out = sum_i c_i t_i + k * clamp(sum_i a_i t_i), coefficients per sample (common/update.h).
+// Sampler updates on CUDA: out = sum_i c_i t_i + noise * z + k * clamp(sum_i a_i t_i), coefficients per sample
+// (common/update.h).
 //
 // Floor: each of the `count` terms [B, M] read once, out written once. One launch for any solver, with guidance, clamp
 // and fresh noise folded in; eager code needs 8 to 12 launches and often a host read.
