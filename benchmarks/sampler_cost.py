@@ -6,8 +6,9 @@
 The model returns a tensor that lies ready, so a loop's time is that of the sampler. fastdiff: ``sample`` with a plan
 made before; diffusers: the public loop (``scale_model_input``, model, ``step``), less ``set_timesteps``, which it
 needs before every run and which takes part in the race by itself. Both are given by the run's 20 steps, whatever the
-evaluations of the model; "of it noise" is drawing it by torch's generator. Time is that of the thread (all work is done
-in one), so that other processes count less; medians, and quartiles of the ratio by round.
+evaluations of the model; "of it noise" is what an update that draws its noise takes longer than one that does not. Time
+is that of the thread (all work is done in one), so that other processes count less; medians, and quartiles of the ratio
+by round.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def measure(seconds: float, solvers: Sequence[str] = ()) -> dict[str, Any]:
     """A record with one row per solver."""
     import torch
 
+    from fastdiff import ops
     from fastdiff.cli._bench_timing import Contestant, quartiles, race
     from fastdiff.cli._machine import load_average, machine
     from fastdiff.samplers import SOLVERS, make_plan, sample, schedules
@@ -64,15 +66,19 @@ def measure(seconds: float, solvers: Sequence[str] = ()) -> dict[str, Any]:
             loop, prepare, calls = twin(noise, lambda: next(ready))
             contestants += [Contestant("loop", [loop]), Contestant("prepare", [prepare])]
         if plan.stochastic:
-            drawn = torch.empty(SHAPE)
-            contestants.append(Contestant("noise", [drawn.normal_]))
+            seed, x = torch.tensor([1, 0]), torch.zeros(SHAPE)
+            update = lambda seed, x=x: ops.linear_update((0.5, 0.5), (x, noise), seed=seed, out=x)  # noqa: E731
+            contestants.append(Contestant("without noise", [lambda update=update: update(None)]))
+            contestants.append(Contestant("noise", [lambda update=update, seed=seed: update(seed)]))
         race(contestants, cpu, seconds, clock=time.thread_time_ns)
         step = [1e6 * s / STEPS for s in ours.seconds]
         q1, median, q3 = quartiles(step)
         row: dict[str, Any] = {"solver": name, "nfe": plan.nfe, "us": median, "us_q1": q1, "us_q3": q3}
-        # torch's generator is no part of the sampler.
         draws = sum(kind == "n" for stage in plan.stages for (kind, _), _ in stage.terms)
-        row["noise_us"] = draws / STEPS * quartiles([1e6 * s for s in contestants[-1].seconds])[1] if draws else 0.0
+        row["noise_us"] = 0.0
+        if draws:
+            pairs = zip(*(c.seconds for c in contestants[-2:]), strict=True)
+            row["noise_us"] = draws / STEPS * quartiles([1e6 * (b - a) for a, b in pairs])[1]
         row["us_per_call"] = (median - row["noise_us"]) * STEPS / plan.nfe
         if twin is not None:
             theirs = [1e6 * (a - b) / STEPS for a, b in zip(*(c.seconds for c in contestants[1:3]), strict=True)]

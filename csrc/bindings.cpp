@@ -147,7 +147,7 @@ void adaln_backward(int device, uintptr_t stream, int64_t B, int64_t N, int64_t 
   launch(a, device, stream, &cpu::adaln_backward, FD_CUDA(adaln_backward));
 }
 
-// terms: tuple of (pointer, dtype); rule: tuple of coefficients, or a DDIM rule
+// terms: tuple of (pointer, dtype); rule: tuple of coefficients, that of drawn noise last, or a DDIM rule
 // (alpha_bar, alpha_bar_next, prediction, eta, guidance, has_uncond, has_noise, clip); source: None, or (row pointer,
 // rows, draws, seed, seed pointer, has_offset, per_sample).
 Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple& rule, const py::handle& source,
@@ -163,21 +163,23 @@ Update make_update(int64_t B, int64_t M, const py::tuple& terms, const py::tuple
     u.term_dtype[i] = static_cast<int32_t>(integer(t.ptr(), 1));
   }
   u.out = reinterpret_cast<void*>(out), u.out_dtype = out_dtype;
-  if (!ddim) {
-    if (static_cast<int32_t>(rule.size()) != u.count) throw py::value_error("update: one coefficient per term");
-    for (int i = 0; i < u.count; ++i) u.c[i] = coefficient(rule[i]);
-  } else {
-    u.alpha_bar = coefficient(rule[0]), u.alpha_bar_next = coefficient(rule[1]);
-    u.prediction = rule[2].cast<int32_t>(), u.eta = rule[3].cast<double>(), u.guidance = rule[4].cast<double>();
-    u.has_uncond = rule[5].cast<bool>(), u.has_noise = rule[6].cast<bool>(), u.clip = rule[7].cast<double>();
-    if (u.count != 2 + u.has_uncond + u.has_noise) throw py::value_error("update: terms do not match the DDIM rule");
-  }
   if (!absent(source, 7, "source")) {
     u.row = static_cast<const int64_t*>(pointer(source.ptr(), 0)), u.rows = integer(source.ptr(), 1);
     u.draws = static_cast<int32_t>(integer(source.ptr(), 2)), u.seed.value = integer(source.ptr(), 3);
     u.seed.data = static_cast<const int64_t*>(pointer(source.ptr(), 4));
     u.seed.has_offset = static_cast<int32_t>(integer(source.ptr(), 5));
     u.seed.per_sample = static_cast<int32_t>(integer(source.ptr(), 6));
+  }
+  if (!ddim) {
+    if (static_cast<int32_t>(rule.size()) != u.count + (u.draws ? 1 : 0))
+      throw py::value_error("update: one coefficient per term, and one for noise that is drawn");
+    for (int i = 0; i < u.count; ++i) u.c[i] = coefficient(rule[i]);
+    if (u.draws) u.noise_scale = coefficient(rule[u.count]);
+  } else {
+    u.alpha_bar = coefficient(rule[0]), u.alpha_bar_next = coefficient(rule[1]);
+    u.prediction = rule[2].cast<int32_t>(), u.eta = rule[3].cast<double>(), u.guidance = rule[4].cast<double>();
+    u.has_uncond = rule[5].cast<bool>(), u.has_noise = rule[6].cast<bool>(), u.clip = rule[7].cast<double>();
+    if (u.count != 2 + u.has_uncond + u.has_noise) throw py::value_error("update: terms do not match the DDIM rule");
   }
   return u;
 }
@@ -328,10 +330,25 @@ bool fast_adaln(bool grad, bool fresh, bool rms, py::handle epsilon, py::handle 
   return true;
 }
 
+// An int, or int64 [1], [2] or [B, 2] next to the output.
+bool fast_seed(const py::handle& h, bool grad, const dlpack::Tensor& out, int64_t B, Seed* s) {
+  if (PyLong_CheckExact(h.ptr())) {
+    int overflow;
+    s->value = PyLong_AsLongLongAndOverflow(h.ptr(), &overflow);
+    return overflow == 0;
+  }
+  dlpack::Tensor t;
+  if (!describe(h, grad, &t) || t.dtype.code != 0 || t.dtype.bits != 64 || t.dtype.lanes != 1) return false;
+  if (!t.same_device(out) || !t.contiguous() || out.overlaps(t)) return false;
+  s->data = static_cast<const int64_t*>(t.pointer());
+  if (t.ndim == 1) return (s->has_offset = t.shape[0] == 2) || t.shape[0] == 1;
+  return t.ndim == 2 && t.shape[0] == B && (s->has_offset = s->per_sample = t.shape[1] == 2);
+}
+
 // rule: None for a linear update, else (prediction, eta, guidance, has_uncond, has_noise, clip); coefficients are
-// floats.
+// floats, that of drawn noise last; seed: None for a step that draws none.
 bool fast_update(bool grad, bool fresh, const py::list& terms, const py::list& coefficients, const py::object& rule,
-                 py::handle out) {
+                 py::handle seed, py::handle out) {
   dlpack::Tensor to, t;
   Update u;
   int device;
@@ -347,9 +364,9 @@ bool fast_update(bool grad, bool fresh, const py::list& terms, const py::list& c
     if (i == 0 && to.code() != t.code()) return false;
     if (to.overlaps(t) && !to.same_memory(t)) return false;
   }
-  double c[kMaxTerms];
+  double c[kMaxTerms + 1];
   const int numbers = static_cast<int>(coefficients.size());
-  if (numbers > kMaxTerms) return false;
+  if (numbers > kMaxTerms + 1) return false;
   for (int i = 0; i < numbers; ++i) {
     const py::handle h = coefficients[i];
     if (!PyFloat_CheckExact(h.ptr())) return false;
@@ -358,16 +375,21 @@ bool fast_update(bool grad, bool fresh, const py::list& terms, const py::list& c
   }
   u.B = 1, u.M = to.numel(), u.out = to.pointer(), u.out_dtype = to.code();
   if (u.M == 0) return false;
+  if (!seed.is_none()) {
+    u.draws = 1, u.B = to.ndim ? to.shape[0] : 1, u.M /= u.B;
+    if (u.M > int64_t{1} << 34 || !fast_seed(seed, grad, to, u.B, &u.seed)) return false;
+  }
   if (rule.is_none()) {
-    if (numbers != u.count) return false;
-    for (int i = 0; i < numbers; ++i) u.c[i].value = c[i];
+    if (numbers != u.count + u.draws) return false;
+    for (int i = 0; i < u.count; ++i) u.c[i].value = c[i];
+    if (u.draws) u.noise_scale.value = c[u.count];
   } else {
     if (numbers != 2) return false;
     const py::tuple r = rule;
     u.kind = kDdim, u.alpha_bar.value = c[0], u.alpha_bar_next.value = c[1];
     u.prediction = r[0].cast<int32_t>(), u.eta = r[1].cast<double>(), u.guidance = r[2].cast<double>();
     u.has_uncond = r[3].cast<bool>(), u.has_noise = r[4].cast<bool>(), u.clip = r[5].cast<double>();
-    if (u.count != 2 + u.has_uncond + u.has_noise) return false;
+    if (u.count != 2 + u.has_uncond + u.has_noise || (u.draws && !(u.eta > 0))) return false;
   }
   launch(u, device, reinterpret_cast<uintptr_t>(stream), &cpu::update, FD_CUDA(update));
   return true;

@@ -98,9 +98,9 @@ enum Prediction : int32_t { kEpsilon = 0, kV = 1, kSample = 2, kFlow = 3 };
 enum UpdateKind : int32_t { kLinear = 0, kDdim = 1 };
 constexpr int kMaxTerms = 8;
 
-// out[b, :] = sum_i c_i[b] * term_i[b, :]                                                       (kLinear)
+// out[b, :] = sum_i c_i[b] * term_i[b, :] [+ noise_scale[b] * noise]                            (kLinear)
 // out[b, :] = one DDIM step of terms x, pred, [uncond], [noise]; see common/update.h            (kDdim)
-// noise is a term (has_noise), or drawn here from `seed` (draws), M <= 2^34, or absent.
+// noise is drawn here from `seed` (draws), M <= 2^34, or, for kDdim, a term (has_noise), or absent.
 struct Update {
   int64_t B = 0, M = 0;  // every tensor is [B, M], rows contiguous and adjacent
   int32_t kind = kLinear;
@@ -109,13 +109,15 @@ struct Update {
   int32_t term_dtype[kMaxTerms] = {};
   void* out = nullptr;  // out [B, M]; may be one of the terms
   int32_t out_dtype = kF32;
-  const int64_t* row = nullptr;           // [1]: the row of the coefficients' tables; below 0 it means 0,
-  int64_t rows = 1;                       // from `rows` on the last; null: 0
+  const int64_t* row = nullptr;  // [1]: the row of the coefficients' tables; below 0 it means 0,
+  int64_t rows = 1;              // from `rows` on the last; null: 0
+  int32_t draws = 0;
+  Seed seed;
   Coefficient c[kMaxTerms];               // kLinear
+  Coefficient noise_scale;                // kLinear, where it draws
   Coefficient alpha_bar, alpha_bar_next;  // kDdim, from here on
   int32_t prediction = kEpsilon;
-  int32_t has_uncond = 0, has_noise = 0, draws = 0;
-  Seed seed;
+  int32_t has_uncond = 0, has_noise = 0;
   double eta = 0, guidance = 1;
   double clip = -1;  // x0 is clamped to [-clip, clip]; negative: not clamped
 };

@@ -33,6 +33,18 @@ def test_every_path_draws_the_bits_of_the_reference(emu: Emulator, shape: tuple[
         assert torch.equal(got, philox_normal(shape, seed, dtype=dtype))
 
 
+@pytest.mark.parametrize("count", [1, 3, 5, 8, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_update_of_any_length_draws(emu: Emulator, count: int, dtype: torch.dtype) -> None:
+    for shape in ((3, 7), (2, 24)):  # elements by themselves, and whole vectors
+        tensors, seed = [torch.randn(shape).to(dtype) for _ in range(count)], torch.tensor([3, 1])
+        scale = torch.linspace(0.5, 2.0, shape[0])
+        got = linear_update([0.5] * count, tensors, seed=seed, noise_scale=scale)
+        want = linear_update([*[0.5] * count, scale], [*tensors, philox_normal(shape, seed)])
+        # The same operations in the same order, but for what the compiler contracts: bits of the sum's terms.
+        torch.testing.assert_close(got, want, rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)
+
+
 def test_one_counter_walks_the_table_and_the_noise(emu: Emulator) -> None:
     x = torch.randn(3, 50)
     assert torch.equal(loop(x, fixed=False), loop(x, fixed=True))

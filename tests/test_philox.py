@@ -127,6 +127,48 @@ def test_a_step_that_draws_has_the_bits_of_one_that_is_given_the_noise(isa: str,
             assert torch.equal(ddim_step(last, pred, 0.3, 0.6, seed=5, **common, out=out), want)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_linear_update_that_draws_has_the_bits_of_one_that_is_given_the_noise(isa: str, dtype: torch.dtype) -> None:
+    seed = torch.tensor([5, 3])
+    z = philox_normal((3, 2, 33, 41), seed)
+    for count in (1, 2, 3, 4, 5, 7, 8, 11):
+        tensors = [torch.randn(3, 2, 33, 41).to(dtype) for _ in range(count)]
+        coefficients = [0.5 - 0.1 * i for i in range(count)]
+        with _native.use_isa(isa), fastdiff.use_backend("native"):
+            for scale in (0.7, torch.tensor([0.7, -2.0, 0.0], dtype=torch.float64)):
+                got = linear_update(coefficients, tensors, seed=seed, noise_scale=scale)
+                # float32 alone: whatever is narrower is rounded after the noise was added.
+                want = linear_update([*coefficients, scale], [*tensors, z])
+                assert torch.equal(got, want)
+                out = tensors[-1].clone()
+                inside = [*tensors[:-1], out]
+                assert torch.equal(linear_update(coefficients, inside, seed=seed, noise_scale=scale, out=out), want)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_scale_of_drawn_noise_is_a_coefficient_like_others(backend: str) -> None:
+    if backend == "native" and _native.extension is None:
+        pytest.skip("no native extension")
+    x, z = torch.randn(3, 50, requires_grad=True), philox_normal((3, 50), -9)
+    with fastdiff.use_backend(backend):
+        got = linear_update([2.0], [x], seed=-9)
+        torch.testing.assert_close(got, 2 * x + z)
+        assert torch.autograd.grad(got.sum(), x)[0].eq(2).all()
+        # A table of its own, and one beside tables of coefficients.
+        scale, step = torch.rand(4, 3, dtype=torch.float64), torch.tensor([2])
+        want = 2 * x + scale[2, :, None].float() * z
+        torch.testing.assert_close(linear_update([2.0], [x], seed=-9, noise_scale=scale, step=step), want)
+        table = torch.full((4, 1), 2.0)
+        torch.testing.assert_close(linear_update(table, [x], seed=-9, noise_scale=scale, step=step), want)
+    learned = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    (slope,) = torch.autograd.grad(linear_update([2.0], [x], seed=-9, noise_scale=learned).sum(), learned)
+    torch.testing.assert_close(slope, z.sum(1))
+    got = linear_update([2.0], [x.detach().double()], seed=-9, noise_scale=0.1)
+    assert torch.equal(got, 2 * x.detach().double() + 0.1 * z.double())
+
+
 def test_a_seed_is_ignored_without_noise_and_checked_all_the_same() -> None:
     x = torch.randn(2, 9)
     assert torch.equal(ddim_step(x, x, 0.3, 0.6, seed=3), ddim_step(x, x, 0.3, 0.6))

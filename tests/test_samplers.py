@@ -268,11 +268,18 @@ def test_stochastic_solvers_keep_the_distribution(solver: str) -> None:
     for name in ("karras", "flow"):
         plan = make_plan(solver, SCHEDULES[name], 100, prediction="v", **({"eta": 0.5} if solver == "ddim" else {}))
         assert plan.stochastic
-        model = gaussian(SCHEDULES[name], "v")
-        got = sample(model, noise, plan=plan, generator=torch.Generator().manual_seed(1))
+        wide = gaussian(SCHEDULES[name], "v")
+        model = lambda x, t, c, wide=wide: wide(x, t, c).to(x.dtype)  # noqa: E731
         end = SCHEDULES[name].sigma(float(plan.times[-1]))
-        assert float(got.mean()) == pytest.approx(MEAN, abs=0.025)
-        assert float(got.std()) == pytest.approx(math.hypot(STD, end), rel=0.04)
+        # One number of each of many samples, and many of a few: the noise of each is drawn in its own way.
+        for got in (
+            sample(model, noise, plan=plan, generator=torch.Generator().manual_seed(1)),
+            sample(model, noise.float().view(4, 40, 50), plan=plan, seed=2),
+            sample(model, noise.float().view(2, -1), plan=plan,
+                   generator=[torch.Generator().manual_seed(i) for i in (3, 4)]),
+        ):  # fmt: skip
+            assert float(got.mean()) == pytest.approx(MEAN, abs=0.025)
+            assert float(got.std()) == pytest.approx(math.hypot(STD, end), rel=0.04)
         with pytest.raises(ValueError, match="draws no noise"):
             plan.reversed()
 
@@ -304,25 +311,24 @@ def test_consistency_sampling_and_lcm() -> None:
         seen.append((float(t[0]), x.clone()))
         return torch.tanh(x / t.view(-1, 1))
 
-    got = sample(function, noise, solver="consistency", schedule=schedule, steps=3, prediction="sample",
-                 generator=torch.Generator().manual_seed(5))  # fmt: skip
-    generator, levels = torch.Generator().manual_seed(5), schedule.times(3).tolist()
+    got = sample(function, noise, solver="consistency", schedule=schedule, steps=3, prediction="sample", seed=5)
+    levels = schedule.times(3).tolist()
     assert [t for t, _ in seen] == pytest.approx(levels[:3], rel=1e-6)
     x = torch.tanh(noise)
-    for tau in levels[1:3]:  # Algorithm 1 of Song et al.
-        x = x + math.sqrt(tau**2 - 0.5**2) * torch.randn(4, 3, generator=generator)
+    for i, tau in enumerate(levels[1:3]):  # Algorithm 1 of Song et al.
+        x = x + math.sqrt(tau**2 - 0.5**2) * ops.philox_normal((4, 3), torch.tensor([5, i]))
         x = torch.tanh(x / tau)
     torch.testing.assert_close(got, x)
 
     vp = schedules.vp("scaled_linear", spacing="trailing")
-    got = sample(lambda x, t, c: 0.5 * x, noise, solver="lcm", schedule=vp, steps=2, generator=generator.manual_seed(6))
-    (first, second, _), generator = vp.times(2).tolist(), torch.Generator().manual_seed(6)
+    got = sample(lambda x, t, c: 0.5 * x, noise, solver="lcm", schedule=vp, steps=2, seed=6)
+    first, second, _ = vp.times(2).tolist()
     x = noise
     for t in (first, second):
         data = (x - vp.sigma(t) * 0.5 * x) / vp.alpha(t)
         x = 0.25 / ((10 * t) ** 2 + 0.25) * x + 10 * t / math.sqrt((10 * t) ** 2 + 0.25) * data
         if t == first:
-            x = vp.alpha(second) * x + vp.sigma(second) * torch.randn(4, 3, generator=generator)
+            x = vp.alpha(second) * x + vp.sigma(second) * ops.philox_normal((4, 3), torch.tensor([6, 0]))
     torch.testing.assert_close(got, x)
 
 
@@ -350,9 +356,9 @@ def test_nothing_is_read_back_and_float32_follows_float64(solver: str) -> None:
         assert got.dtype == dtype
         assert torch.equal(x, noise.to(dtype))
         results.append(got.double())
-    if not plan.stochastic:
-        torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(results[2], results[0], rtol=0.1, atol=0.1)
+    # Noise is the same in every type.
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(results[2], results[0], rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -361,18 +367,20 @@ def test_tables_with_a_counter_are_the_same_run(solver: str) -> None:
     plan = make_plan(solver, schedule, 5, prediction="v")
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     model = lambda x, t, c: torch.cos(x + t.view(-1, 1, 1) / 500)  # noqa: E731
-    expected = sample(model, x, plan=plan, generator=torch.Generator().manual_seed(1))
-    tables, generator = plan.tables(), torch.Generator().manual_seed(1)
-    counter, xs, ms = torch.zeros(1, dtype=torch.int64), [x], []
+    expected = sample(model, x, plan=plan, seed=1)
+    tables = plan.tables()
+    seed = torch.tensor([1, 0])
+    counter, xs, ms = seed[1:], [x], []  # the number of the stage is the offset of its noise
+    noisy = ("n", 0) in tables.terms  # the last column
+    scales = {"seed": seed, "noise_scale": tables.coefficients[:, -1]} if noisy else {}
+    count = len(tables.terms) - noisy
     for i, t in enumerate(tables.times.float()):
         ms.append(model(xs[-1], t.expand(2), None))
         tensors = [
-            torch.randn(x.shape, generator=generator)
-            if kind == "n" and tables.coefficients[i, j] != 0
-            else (ms if kind == "m" else xs)[-1 - lag] if lag <= i and kind != "n" else torch.zeros_like(x)
-            for j, (kind, lag) in enumerate(tables.terms)
-        ]  # fmt: skip
-        xs.append(ops.linear_update(tables.coefficients, tensors, step=counter))
+            (ms if kind == "m" else xs)[-1 - lag] if lag <= i else torch.zeros_like(x)
+            for kind, lag in tables.terms[:count]
+        ]
+        xs.append(ops.linear_update(tables.coefficients[:, :count], tensors, step=counter, **scales))
         counter.add_(1)
     torch.testing.assert_close(xs[-1], expected, rtol=1e-4, atol=1e-4)
 
@@ -470,10 +478,34 @@ def test_noise_of_a_sample_need_not_depend_on_its_batch() -> None:
         lambda x, t, c: x / 2, x, solver="ddpm", schedule=SCHEDULES["trailing"], steps=4, generator=g
     )
     together = run(noise, seeds)
-    alone = run(noise[1:2], [torch.Generator().manual_seed(1)])
-    assert torch.equal(together[1:2], alone)
+    for b in range(3):
+        for alone in ([torch.Generator().manual_seed(b)], torch.Generator().manual_seed(b)):
+            assert torch.equal(together[b : b + 1], run(noise[b : b + 1], alone))
+    split = run(noise[:2], [torch.Generator().manual_seed(i) for i in range(2)])
+    assert torch.equal(together[:2], split)
+    assert not torch.equal(*run(noise[:1].expand(2, -1), seeds[:2]))
     with pytest.raises(ValueError, match="generator"):
         run(noise, seeds[:2])
+
+
+def test_a_run_has_a_seed_that_is_given_or_drawn() -> None:
+    noise = torch.randn(3, 50)
+    run = lambda x=noise, **options: sample(  # noqa: E731
+        lambda x, t, c: x / 2, x, solver="euler_ancestral", schedule=SCHEDULES["trailing"], steps=4, **options
+    )
+    generator, lowest = torch.Generator().manual_seed(7), -(1 << 63)
+    seed = torch.empty(1, dtype=torch.int64).random_(lowest, None, generator=generator)
+    assert torch.equal(run(generator=torch.Generator().manual_seed(7)), run(seed=int(seed)))
+    assert not torch.equal(run(generator=generator), run(generator=generator))
+    torch.manual_seed(8)
+    first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(8)
+    assert torch.equal(run(), first)
+    # A seed's samples are numbered.
+    for s in (0, lowest, (1 << 63) - 1):
+        assert torch.equal(run(noise[:2], seed=s), run(seed=s)[:2])
+    assert not torch.equal(*run(noise[:1].expand(2, -1), seed=0))
 
 
 def test_callback_sees_every_step_and_may_replace_the_state() -> None:
@@ -591,6 +623,10 @@ def test_bad_calls_are_refused() -> None:
         ),
         (lambda: sample(model, x, schedule=schedule, clip_sample=0.0), ValueError, "clip_sample"),
         (lambda: sample(model, x, schedule=schedule, threshold=2.0), ValueError, "threshold"),
+        (lambda: sample(model, x, schedule=schedule, seed=1, generator=torch.Generator()), ValueError, "seed"),
+        (lambda: sample(model, x, schedule=schedule, seed=True), ValueError, "seed"),
+        (lambda: sample(model, x, schedule=schedule, seed=1 << 63), ValueError, "seed"),
+        (lambda: sample(model, x, schedule=schedule, seed=0.5), ValueError, "seed"),
         (lambda: guidance.CFG(float("nan")), ValueError, "guidance_scale"),
         (lambda: guidance.CFG(rescale=2.0), ValueError, "rescale"),
         (lambda: guidance.CFG(interval=(2.0, 1.0)), ValueError, "interval"),

@@ -94,6 +94,7 @@ FD_HD Terms resolve(const Update& u, int64_t b) {
     const int64_t row = table_row(u);
     for (int i = 0; i < kMaxTerms; ++i)
       if (i < u.count) c[i] = coefficient(u.c[i], row, b);
+    if (u.draws) noise = coefficient(u.noise_scale, row, b);
   } else {
     ddim_terms(u, b, c, a, &k, &noise);
     t.clamped = u.clip >= 0;

@@ -1,13 +1,16 @@
 // Sampler updates: out = sum_i c_i t_i + k * clamp(sum_i a_i t_i), coefficients per sample (common/update.h).
 //
-// Noise to be drawn (common/philox.h) is made a block at a time and added like one more term.
+// Noise to be drawn (noise.h) is made a block at a time and added like one more term.
 //
 // Floor: every term read once, out written once. Up to four terms of one type (every explicit solver step with
-// guidance, clamped or not) go through one loop with no intermediate; anything else through blocks that stay in L1,
-// widened to float32 where needed.
+// guidance, clamped or not), and any number of float32 that are not clamped, go through one loop with no intermediate;
+// anything else through blocks that stay in L1, widened to float32 where needed.
 #include "../common/update.h"
 
+#include <type_traits>
+
 #include "isa.h"
+#include "noise.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -23,46 +26,6 @@ inline const float* block_of(const void* term, int32_t dtype, int64_t offset, in
   if (dtype == kF32) return static_cast<const float*>(term) + offset;
   widen(scratch, at(const_cast<void*>(term), dtype, offset), dtype, n, 1);
   return scratch;
-}
-
-// `normals` (common/philox.h) over many blocks at once, in loops that compilers turn into vectors: z[4 j + i] is word i
-// of block first + j.
-constexpr int kDrawn = 32;
-inline void draw_blocks(float* z, const Stream& s, uint32_t first) {
-  alignas(64) uint32_t c[4][kDrawn];
-  for (int j = 0; j < kDrawn; ++j)
-    c[0][j] = first + static_cast<uint32_t>(j), c[1][j] = s.sample, c[2][j] = s.offset[0], c[3][j] = s.offset[1];
-  uint32_t k0 = s.key[0], k1 = s.key[1];
-  for (int round = 0; round < 10; ++round) {
-    for (int j = 0; j < kDrawn; ++j) {
-      const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c[0][j], b = static_cast<uint64_t>(0xCD9E8D57u) * c[2][j];
-      c[0][j] = static_cast<uint32_t>(b >> 32) ^ c[1][j] ^ k0, c[1][j] = static_cast<uint32_t>(b);
-      c[2][j] = static_cast<uint32_t>(a >> 32) ^ c[3][j] ^ k1, c[3][j] = static_cast<uint32_t>(a);
-    }
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  alignas(64) float flat[4][kDrawn];
-  const int32_t* const table = &kNormalTable[0].c[0];
-  for (int i = 0; i < 4; ++i) {
-    for (int j = 0; j < kDrawn; ++j) {
-      const uint32_t word = c[i][j], v = word << 1 | 1u;
-      // Leading zeros from the exponent of a float; without the bit below its leading one, v is not rounded up.
-      const int32_t half = static_cast<int32_t>((v & ~(v >> 1)) >> 1);
-      const int32_t zeros = 157 - static_cast<int32_t>(float_bits(static_cast<float>(half)) >> 23);
-      const int32_t octave = zeros > 31 ? 31 : zeros;
-      const uint32_t m = v << octave << 1;
-      const int32_t row = octave * 64 + static_cast<int32_t>(m >> 28) * 4;
-      const int32_t t = static_cast<int32_t>(m << 4 ^ 0x80000000u);
-      int32_t q = table[row + 3];
-      q = table[row + 2] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
-      q = table[row + 1] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
-      q = table[row] + static_cast<int32_t>(static_cast<int64_t>(t) * q >> 32);
-      const int32_t sign = static_cast<int32_t>(word) >> 31;
-      flat[i][j] = static_cast<float>((q ^ sign) - sign) * (1.0f / (1 << 28));
-    }
-  }
-  for (int j = 0; j < kDrawn; ++j)
-    for (int i = 0; i < 4; ++i) z[4 * j + i] = flat[i][j];
 }
 
 // Noise of elements begin .. begin + n - 1 of a sample; begin is a multiple of 4. `z` has room for a whole block.
@@ -81,8 +44,8 @@ inline void accumulate(float* acc, const float* t, float c, int64_t n, bool firs
     for (; i + kWidth <= n; i += kWidth) store(acc + i, vc * load(t + i));
     for (; i < n; ++i) acc[i] = c * t[i];
   } else {
-    for (; i + kWidth <= n; i += kWidth) store(acc + i, load(acc + i) + vc * load(t + i));
-    for (; i < n; ++i) acc[i] += c * t[i];
+    for (; i + kWidth <= n; i += kWidth) store(acc + i, madd(vc, load(t + i), load(acc + i)));
+    for (; i < n; ++i) acc[i] = madd(c, t[i], acc[i]);
   }
 }
 
@@ -100,12 +63,13 @@ inline void uniform(Out out, const void* const* terms, const Terms& u, int64_t n
   const bool no_c = kClamped && u.c[0] == 0, no_a = u.a[0] == 0;  // see accumulate
   const auto step = [&](int64_t i, auto kind) {
     const auto x = pick(t[0], i, kind);
-    auto v = no_c ? decltype(x){} : u.c[0] * x;
-    auto x0 = no_a ? decltype(x){} : u.a[0] * x;
+    const decltype(kind) zero = {};
+    auto v = no_c ? zero : u.c[0] * x;
+    auto x0 = no_a ? zero : u.a[0] * x;
     for (int j = 1; j < K; ++j) {
       const auto w = pick(t[j], i, kind);
-      v += u.c[j] * w;
-      if (kClamped && u.a[j] != 0) x0 += u.a[j] * w;
+      v = madd(zero + u.c[j], w, v);
+      if (kClamped && u.a[j] != 0) x0 = madd(zero + u.a[j], w, x0);
     }
     if (kClamped) v += u.k * clamped(x0, u.clip);
     put(out, i, v);
@@ -126,9 +90,18 @@ inline bool uniform_of(int count, Out out, const void* const* t, const Terms& u,
       return uniform<3, kClamped, T>(out, t, u, n), true;
     case 4:
       return uniform<4, kClamped, T>(out, t, u, n), true;
-    default:
-      return false;
   }
+  if constexpr (!kClamped && std::is_same<T, float>::value) switch (count) {
+      case 5:
+        return uniform<5, false, T>(out, t, u, n), true;
+      case 6:
+        return uniform<6, false, T>(out, t, u, n), true;
+      case 7:
+        return uniform<7, false, T>(out, t, u, n), true;
+      case 8:
+        return uniform<8, false, T>(out, t, u, n), true;
+    }
+  return false;
 }
 
 template <typename T, typename Out>
@@ -167,7 +140,8 @@ inline void uniform_drawn(const Update& u, const Terms& terms, Out out, int64_t 
 
 // One range [begin, end) of one sample whose row starts at element `row`.
 inline void update_range(const Update& u, const Terms& terms, int64_t row, int64_t begin, int64_t end) {
-  bool same = !u.draws || u.out_dtype == kF32;
+  // Noise is a float32 term more.
+  bool same = !u.draws || (u.out_dtype == kF32 && u.count < (terms.clamped ? 4 : kMaxTerms));
   for (int i = 0; i < u.count; ++i) same = same && u.term_dtype[i] == u.out_dtype;
   if (same) {
     const int64_t first = row + begin, n = end - begin;

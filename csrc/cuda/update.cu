@@ -1,4 +1,5 @@
-// Sampler updates on CUDA: out = sum_i c_i t_i + k * clamp(sum_i a_i t_i), coefficients per sample (common/update.h).
+// Sampler updates on CUDA: out = sum_i c_i t_i + noise * z + k * clamp(sum_i a_i t_i), coefficients per sample
+// (common/update.h).
 //
 // Floor: each of the `count` terms [B, M] read once, out written once. One launch for any solver, with guidance, clamp
 // and fresh noise folded in; eager code needs 8 to 12 launches and often a host read.
@@ -36,6 +37,10 @@ struct Plan {
   bool per_sample;  // resolve in the kernel
   int64_t blocks;   // blocks that share one sample
 };
+
+// A DDIM step has at most four terms. Said to the compiler, which else keeps all eight until the clamp.
+template <int kTerms>
+constexpr bool kMayClamp = kTerms <= 4;
 
 // x0 = sum of a_i t_i; a term with a_i = 0 does not count, not even when it is infinite.
 template <int kVec, int kTerms>
@@ -83,22 +88,22 @@ FD_D void add_noise(const Terms& t, int64_t i, float (&out)[kVec]) {
 template <bool kDraws>
 struct Forward {
   static constexpr int kBlocks = kDraws ? 2 : 3;  // per multiprocessor at least, with up to four terms
-  static constexpr bool kManyTerms = !kDraws;     // more than four: no DDIM step has them
   Update u;
 
   template <int kVec, int kTerms>
   FD_D void apply(const Terms& t, int64_t row, int64_t i) const {
+    const bool clamped = kMayClamp<kTerms> && t.clamped;
     float v[kTerms][kVec], out[kVec] = {};
     read_terms<kVec, kTerms, false>(u, row, i, v);
 #pragma unroll
     for (int j = 0; j < kTerms; ++j) {
       // In a clamped step x can be absent from the noise: its zero means "not there", also to an infinite x.
-      if (j >= u.count || (j == 0 && t.clamped && t.c[0] == 0)) continue;
+      if (j >= u.count || (j == 0 && clamped && t.c[0] == 0)) continue;
 #pragma unroll
       for (int k = 0; k < kVec; ++k) out[k] += t.c[j] * v[j][k];
     }
     if constexpr (kDraws) add_noise<kVec>(t, i, out);
-    if (t.clamped) {
+    if (clamped) {
       float x0[kVec] = {};
       data_estimate<kVec, kTerms>(u, t, v, x0);
 #pragma unroll
@@ -110,15 +115,15 @@ struct Forward {
 
 struct Backward {
   static constexpr int kBlocks = 3;
-  static constexpr bool kManyTerms = true;
   UpdateBackward b;
   Update u;  // b.forward
 
   template <int kVec, int kTerms>
   FD_D void apply(const Terms& t, int64_t row, int64_t i) const {
+    const bool clamped = kMayClamp<kTerms> && t.clamped;
     float grad[kVec], inside[kVec] = {};  // inside: the gradient of x0, zero where the clamp cut
     const Raw<kVec> raw = load<kVec, false>(row_of(const_cast<void*>(b.grad), b.grad_dtype, row), i);
-    if (t.clamped) {
+    if (clamped) {
       float v[kTerms][kVec], x0[kVec] = {};
       read_terms<kVec, kTerms, false>(u, row, i, v);
       data_estimate<kVec, kTerms>(u, t, v, x0);
@@ -134,7 +139,7 @@ struct Backward {
       float g[kVec];
 #pragma unroll
       for (int k = 0; k < kVec; ++k) g[k] = t.c[j] * grad[k];
-      if (t.clamped && t.a[j] != 0) {
+      if (clamped && t.a[j] != 0) {
 #pragma unroll
         for (int k = 0; k < kVec; ++k) g[k] += t.a[j] * inside[k];
       }
@@ -144,7 +149,7 @@ struct Backward {
 };
 
 template <typename Work, int kVec, int kTerms>
-__global__ void __launch_bounds__(kThreads, kTerms <= 4 ? Work::kBlocks : 2)
+__global__ void __launch_bounds__(kThreads, kTerms <= 4 ? Work::kBlocks : Work::kBlocks - 1)
     elementwise(const Work work, const Plan plan) {
   FD_SHARED(Terms, resolved, 1);
   const Update& u = work.u;
@@ -167,8 +172,7 @@ __global__ void __launch_bounds__(kThreads, kTerms <= 4 ? Work::kBlocks : 2)
 template <typename Work, int kVec>
 void launch_vec(const Work& work, const Plan& plan, void* stream) {
   const unsigned int grid = grid_for(work.u.B * plan.blocks);
-  if constexpr (Work::kManyTerms)
-    if (work.u.count > 4) return FD_LAUNCH((elementwise<Work, kVec, kMaxTerms>), grid, kThreads, 0, stream, work, plan);
+  if (work.u.count > 4) return FD_LAUNCH((elementwise<Work, kVec, kMaxTerms>), grid, kThreads, 0, stream, work, plan);
   FD_LAUNCH((elementwise<Work, kVec, 4>), grid, kThreads, 0, stream, work, plan);
 }
 

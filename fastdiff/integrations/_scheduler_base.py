@@ -108,7 +108,7 @@ def linear(fast: Any, coefficients: list[float], terms: list[torch.Tensor]) -> t
     """
     if fast is not None:
         out = torch.empty_like(terms[0])
-        if fast.fast_update(torch.is_grad_enabled(), True, terms, coefficients, None, out):
+        if fast.fast_update(torch.is_grad_enabled(), True, terms, coefficients, None, None, out):
             return out
     return ops.linear_update(coefficients, terms) if served(terms) else None
 
@@ -121,7 +121,7 @@ def ddim(
     if fast is not None:
         out = torch.empty_like(terms[0])
         rule = (PREDICTIONS[prediction], eta, 1.0, False, noise is not None, -1.0 if clip is None else clip)
-        if fast.fast_update(torch.is_grad_enabled(), True, terms, [level, after], rule, out):
+        if fast.fast_update(torch.is_grad_enabled(), True, terms, [level, after], rule, None, out):
             return out
     if not served(terms):
         return None

@@ -26,9 +26,10 @@ def philox_normal(
 ) -> torch.Tensor:
     """Standard normal noise that depends on the seed and the position alone: not on the device, nor on the batch size.
 
-    What `ddim_step(..., seed=seed)` draws inside its kernel, as a tensor. Philox4x32-10 (Salmon et al. 2011,
-    "Parallel random numbers: as easy as 1, 2, 3") and inversion in integer arithmetic: element i of sample b is made of
-    word i % 4 of counter (i // 4, b, offset) under the key `seed`. Errors of the quantile are below 2e-8; |z| <= 6.34.
+    What `ddim_step` and `linear_update` draw inside their kernels, given `seed`, as a tensor. Philox4x32-10 (Salmon et
+    al. 2011, "Parallel random numbers: as easy as 1, 2, 3") and inversion in integer arithmetic: element i of sample b
+    is made of word i % 4 of counter (i // 4, b, offset) under the key `seed`. Errors of the quantile are below 2e-8;
+    |z| <= 6.34.
 
     Args:
         shape: [B, ...], the first dimension being the samples, at most 2^34 elements each.

@@ -62,9 +62,13 @@ def _number(
 def _example_linear(rng: random.Random, dtype: torch.dtype, device: torch.device) -> reg.Call:
     shape, count = _shape(rng), rng.choice([1, 2, 3, 4, 5, 8, 11])
     terms, step = _terms(rng, shape, count, dtype, device), _step(rng, device)
+    kwargs: dict[str, Any] = {} if step is None else {"step": step}
+    if rng.random() < 0.4:
+        kwargs["seed"] = _seed(rng, shape[0], device)
+        if rng.random() < 0.8:
+            kwargs["noise_scale"] = _number(rng, -2, 2, shape[0], device, step)
     if step is not None and rng.random() < 0.3:
-        return (torch.rand(_STEPS, count, device=device, dtype=torch.float64), terms), {"step": step}
-    kwargs = {} if step is None else {"step": step}
+        return (torch.rand(_STEPS, count, device=device, dtype=torch.float64), terms), kwargs
     return ([_number(rng, -2, 2, shape[0], device, step) for _ in range(count)], terms), kwargs
 
 
@@ -124,16 +128,21 @@ def _take_update(b: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> reg.C
         return c[b : b + 1] if c.shape[0] == B else c
 
     kwargs = {k: v[b : b + 1] if k in ("noise", "uncond") else v for k, v in kwargs.items()}
-    seed = kwargs.pop("seed", None)
+    if "noise_scale" in kwargs:
+        kwargs["noise_scale"] = coefficient(kwargs["noise_scale"])
+    seed, drawn = kwargs.pop("seed", None), []
     if isinstance(seed, torch.Tensor) and seed.dim() == 2:
         kwargs["seed"] = seed[b : b + 1]
     elif seed is not None:
-        kwargs["noise"] = _philox.philox_normal(terms[0].shape, seed, device=terms[0].device)[b : b + 1]
+        drawn = [_philox.philox_normal(terms[0].shape, seed, device=terms[0].device)[b : b + 1]]
     if terms is args[1]:
-        coefficients = args[0]
-        if isinstance(coefficients, list):
-            coefficients = [coefficient(c) for c in coefficients]
-        return (coefficients, [t[b : b + 1] for t in terms]), kwargs
+        coefficients = update._sequence("linear_update", "coefficients", args[0], 0 if step is None else 1)
+        coefficients = [coefficient(c) for c in coefficients]
+        if drawn:
+            coefficients.append(kwargs.pop("noise_scale", 1.0))
+        return (coefficients, [*(t[b : b + 1] for t in terms), *drawn]), kwargs
+    if drawn:
+        kwargs["noise"] = drawn[0]
     return (*(t[b : b + 1] for t in terms), *map(coefficient, args[2:])), kwargs
 
 
@@ -154,13 +163,18 @@ def _columns(coefficients: Any, x: Any, step: Any) -> list[torch.Tensor]:
     return [update._column(update._row(c, step), x, x.dtype) for c in coefficients]
 
 
-def _bound_linear(dtype: torch.dtype, coefficients: Any, tensors: Any, *, step: Any = None) -> tuple[torch.Tensor, ...]:
-    columns = _columns(coefficients, tensors[0], step)
+def _bound_linear(dtype: torch.dtype, coefficients: Any, tensors: Any, *, seed: Any = None, noise_scale: Any = 1.0,
+                  step: Any = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    x = tensors[0]
+    columns = _columns(coefficients, x, step)
+    if seed is not None:
+        columns = [*columns, update._column(update._row(noise_scale, step), x, x.dtype)]
+        tensors = [*tensors, _philox.draw(x.shape, seed, x.device)]
     return (sum((c * t).abs() for c, t in zip(columns, tensors, strict=True)),)  # type: ignore[return-value]
 
 
 def _grad_bound_linear(
-    dtype: torch.dtype, grads: Any, coefficients: Any, tensors: Any, *, step: Any = None
+    dtype: torch.dtype, grads: Any, coefficients: Any, tensors: Any, *, step: Any = None, **_: Any
 ) -> dict[str, Any]:
     return {f"tensors[{i}]": (c * grads[0]).abs() for i, c in enumerate(_columns(coefficients, tensors[0], step))}
 
@@ -266,8 +280,27 @@ def _bad_table(call: Callable[[Any, Any, Any], tuple[Any, ...]], name: str) -> l
     ]  # fmt: skip
 
 
+def _bad_seed(**options: Any) -> list[Any]:
+    def make(seed: Any) -> Callable[..., reg.Call]:
+        return _option(**options, seed=seed)
+
+    return [
+        ("a seed too large", make(1 << 63), ValueError, ("seed", "2^63", str(1 << 63))),
+        ("a seed that is a float", make(0.5), TypeError, ("seed", "integer", "float")),
+        ("a seed that is true", make(True), TypeError, ("seed", "integer", "bool")),
+        ("a seed of another type", make(torch.zeros(1)), TypeError, ("seed", "int64", "float32")),
+        ("a seed of another shape", make(torch.zeros(3, dtype=torch.int64)), ValueError, ("seed", "(2,)", "(3,)")),
+        ("a seed on another device", make(torch.zeros(1, dtype=torch.int64, device="meta")), ValueError,
+         ("seed", "meta")),
+    ]  # fmt: skip
+
+
 _BAD_LINEAR = [
-    *_BAD_STEP,
+    *_BAD_STEP, *_bad_seed(),
+    *_bad_number(lambda v: lambda a, k: (a, {**k, "seed": 1, "noise_scale": v}), "noise_scale"),
+    ("a bad seed, many terms", lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"seed": "1"}), TypeError, ("seed", "str")),
+    ("a bad noise_scale, many terms",
+     lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"seed": 1, "noise_scale": "1"}), TypeError, ("noise_scale", "str")),
     *_bad_table(lambda a, t, other: ([t, other], [a[1][0], a[1][0]]), "coefficients[0]"),
     ("tables of different lengths",
      lambda a, k: (([torch.rand(5), torch.rand(4)], [a[1][0], a[1][0]]), {"step": torch.tensor([0])}), ValueError,
@@ -329,12 +362,14 @@ reg.add(
         function=update.linear_update,
         reference=update.linear_update_reference,
         example=_example_linear,
-        lower=lambda coefficients, tensors, *, step=None: _lower(
+        lower=lambda coefficients, tensors, *, seed=None, noise_scale=1.0, step=None: _lower(
             "linear_update",
-            update._sequence("linear_update", "coefficients", coefficients, 0 if step is None else 1)[: len(tensors)],
+            update._sequence("linear_update", "coefficients", coefficients, 0 if step is None else 1)[: len(tensors)]
+            + ([] if seed is None else [noise_scale]),
             tensors,
             None,
             step,
+            seed,
         ),
         bound=_bound_linear,
         grad_bound=_grad_bound_linear,
@@ -415,15 +450,7 @@ reg.add(
             ("eta without noise", _option(eta=0.5, noise=None), ValueError, ("noise", "seed", "eta > 0")),
             ("noise and a seed", lambda a, k: (a, {**k, "eta": 0.5, "noise": a[0], "seed": 1}), ValueError,
              ("seed", "None beside noise", "int")),
-            ("a seed too large", _option(eta=0.5, seed=1 << 63), ValueError, ("seed", "2^63", str(1 << 63))),
-            ("a seed that is a float", _option(eta=0.5, seed=0.5), TypeError, ("seed", "integer", "float")),
-            ("a seed that is true", _option(eta=0.5, seed=True), TypeError, ("seed", "integer", "bool")),
-            ("a seed of another type", _option(eta=0.5, seed=torch.zeros(1)), TypeError, ("seed", "int64", "float32")),
-            ("a seed of another shape", _option(eta=0.5, seed=torch.zeros(3, dtype=torch.int64)), ValueError,
-             ("seed", "(2,)", "(3,)")),
-            ("a seed on another device", _option(eta=0.5, seed=torch.zeros(1, dtype=torch.int64, device="meta")),
-             ValueError, ("seed", "meta")),
-            *_BAD_STEP, *_bad_table(lambda a, t, other: (*a[:2], t, other), "alpha_bar"),
+            *_bad_seed(eta=0.5), *_BAD_STEP, *_bad_table(lambda a, t, other: (*a[:2], t, other), "alpha_bar"),
             ("negative clip_sample", _option(clip_sample=-1.0), ValueError, ("clip_sample", "-1")),
             *_BAD_OUT,
         ],

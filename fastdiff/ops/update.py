@@ -47,17 +47,23 @@ def linear_update(
     coefficients: Sequence[Number] | torch.Tensor,
     tensors: Sequence[torch.Tensor],
     *,
+    seed: int | torch.Tensor | None = None,
+    noise_scale: Number = 1.0,
     step: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``sum_i coefficients[i] * tensors[i]`` in one pass, differentiable in tensors and coefficients.
+    """``sum_i coefficients[i] * tensors[i] + noise_scale * noise`` in one pass, differentiable in all but the seed.
 
     Args:
         coefficients: one float or tensor [B] per tensor; a tensor [n, ...] stands for its n rows.
         tensors: any number n of tensors [B, ...], all of one shape. More than 8 take several passes.
+        seed: draw noise here and add it, that of ``philox_normal(shape, seed)``: an integer; or int64 on the device of
+            the tensors, [1] (seed), [2] (seed, offset) or, a pair per sample, [B, 2], which is read on the device.
+            None: no noise.
+        noise_scale: of the noise, float or tensor [B]; used only with `seed`.
         step: int64 with one element, on the device of the tensors: every coefficient that is a tensor is a table
-            [steps] or [steps, B], of which this row counts, and a tensor [steps, n, ...] stands for n tables. It is
-            read on the device; below 0 it means the first row, beyond the table the last.
+            [steps] or [steps, B], of which this row counts, and a tensor [steps, n, ...] stands for n tables. So is
+            `noise_scale`. It is read on the device; below 0 it means the first row, beyond the table the last.
         out: shape and dtype of tensors[0]; written and returned. May be one of the tensors. Not differentiable.
 
     Returns:
@@ -75,13 +81,19 @@ def linear_update(
     if len(coefficients) != len(tensors):
         reg.fail(op, "coefficients", f"one per tensor, {len(tensors)}", len(coefficients))
     if len(tensors) <= MAX_TERMS:
-        return _serve(op, coefficients, tensors, None, out, _linear_reference, step)
-    checked = _check(op, coefficients, tensors, None, step)
+        if seed is not None:
+            coefficients.append(noise_scale)
+        return _serve(op, coefficients, tensors, None, out, _linear_reference, step, seed)
+    drawn = [] if seed is None else [noise_scale]
+    checked = _check(op, [*coefficients, *drawn], tensors, None, step, seed)
     if out is not None:
         reg.check_out(op, out, tensors[0], (*tensors, *(c for c in checked if isinstance(c, torch.Tensor))), tensors)
     first = [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]]
     head = linear_update(coefficients[: MAX_TERMS - 1], first, step=step)
-    rest = linear_update([1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]], step=step)
+    rest = linear_update(
+        [1.0, *coefficients[MAX_TERMS - 1 :]], [head, *tensors[MAX_TERMS - 1 :]],
+        seed=seed, noise_scale=noise_scale, step=step,
+    )  # fmt: skip
     rest = rest.to(tensors[0].dtype)
     return rest if out is None else out.copy_(rest)
 
@@ -217,11 +229,15 @@ def linear_update_reference(
     coefficients: Sequence[Number] | torch.Tensor,
     tensors: Sequence[torch.Tensor],
     *,
+    seed: int | torch.Tensor | None = None,
+    noise_scale: Number = 1.0,
     step: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear_update` in plain PyTorch: any device, float64 included, differentiable to any order."""
     coefficients = _sequence("linear_update", "coefficients", coefficients, 0 if step is None else 1)
-    return _linear_reference([_row(c, step) for c in coefficients], tensors, None)
+    if seed is not None:
+        coefficients.append(noise_scale)
+    return _linear_reference([_row(c, step) for c in coefficients], tensors, None, seed)
 
 
 def euler_step_reference(
@@ -288,12 +304,17 @@ def ddim_step_reference(
 
 
 def _linear_reference(
-    coefficients: Sequence[Number], terms: Sequence[torch.Tensor], rule: object, seed: None = None
+    coefficients: Sequence[Number],
+    terms: Sequence[torch.Tensor],
+    rule: object,
+    seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """With a seed, the last coefficient is that of the noise."""
     x = terms[0]
     wide = _wide(x)
     total = _column(coefficients[0], x, wide) * x.to(wide)
-    for c, t in zip(coefficients[1:], terms[1:], strict=True):
+    drawn = [] if seed is None else [_philox.draw(x.shape, seed, x.device)]
+    for c, t in zip(coefficients[1:], [*terms[1:], *drawn], strict=True):
         total = total + _column(c, x, wide) * t.to(wide)
     return total.to(x.dtype)
 
@@ -374,9 +395,9 @@ def _names(op: str, count: int, rule: Any) -> list[str]:
     return ["x", "pred"] + ["uncond"] * rule[3] + ["noise"] * rule[4]
 
 
-def _coefficient_names(op: str, count: int) -> list[str]:
+def _coefficient_names(op: str, terms: int) -> list[str]:
     if op == "linear_update":
-        return [f"coefficients[{i}]" for i in range(count)]
+        return [*(f"coefficients[{i}]" for i in range(terms)), "noise_scale"]
     return ["", "dt", "dt"] if op == "euler_step" else ["alpha_bar", "alpha_bar_next"]
 
 
@@ -403,7 +424,7 @@ def _check(
         _check_step(op, step, x)
     checked: list[Number] = []
     steps = 0  # rows of every table; 0: none seen yet
-    for name, c in zip(_coefficient_names(op, len(coefficients)), coefficients, strict=False):
+    for name, c in zip(_coefficient_names(op, len(terms)), coefficients, strict=False):
         if not isinstance(c, torch.Tensor):
             checked.append(reg.number(op, name, c))
             continue
@@ -460,9 +481,10 @@ def _serve(
     step: torch.Tensor | None = None,
     seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if step is None and seed is None and (fast := reg.fast(terms[0])):
+    """A linear update that draws noise has one coefficient more than terms."""
+    if step is None and (fast := reg.fast(terms[0])):
         result = torch.empty_like(terms[0]) if out is None else out
-        if fast.fast_update(torch.is_grad_enabled(), out is None, terms, coefficients, rule, result):
+        if fast.fast_update(torch.is_grad_enabled(), out is None, terms, coefficients, rule, seed, result):
             reg.written(out)
             return result
     way = reg.route(op, terms)
@@ -619,6 +641,8 @@ def _backward(  # type: ignore[no-untyped-def]
     """
     rule = (prediction, eta, guidance, has_uncond, has_noise, clip)
     like = _new_like(grad)
+    if prediction < 0:  # noise takes no part
+        values, tables = values[: len(wanted)], tables[: len(wanted)]
     operands = _operands([grad, *terms], values, tables, rule, (step, None, None), like)
     B, M, (grad, *terms), arguments, native_source = operands
     grads = [None if code < 0 else torch.empty_like(like, dtype=_DTYPES[code]) for code in wanted]

@@ -18,9 +18,9 @@ class Update:
         x: where the state is that the model is given.
         m: where its (guided or conditional) output goes.
         u: where the other output of plain guidance goes, or -1.
-        coefficients: of the tensors in `sources`, and of noise last if `noise`.
+        coefficients: of the tensors in `sources`.
         sources: places.
-        noise: fresh noise is one more term.
+        noise: the coefficient of fresh noise, or 0.
         out: the place of the next state; may be one of the sources.
         held: places of outputs of earlier stages that are still needed.
         step: the step that is complete now, or -1.
@@ -31,7 +31,7 @@ class Update:
     u: int
     coefficients: list[float]
     sources: list[int]
-    noise: bool
+    noise: float
     out: int
     held: list[int]
     step: int
@@ -61,7 +61,7 @@ def program(plan: Plan, scales: tuple[float | None, ...]) -> Program:
 
 def _build(plan: Plan, scales: tuple[float | None, ...]) -> Program:
     stages = _terms(plan, scales, fold=True)
-    folded = max(len(terms) for terms in stages) <= MAX_TERMS
+    folded = max(sum(kind != "n" for (kind, _), _ in terms) for terms in stages) <= MAX_TERMS  # noise is drawn
     if not folded:
         stages = _terms(plan, scales, fold=False)
     last: dict[tuple[str, int], int] = {}
@@ -103,8 +103,8 @@ def _build(plan: Plan, scales: tuple[float | None, ...]) -> Program:
 
     updates = [
         Update(
-            number(x), number(m), number(u), [c for _, c in terms], [number(s) for s in sources],
-            any(v[0] == "n" for v, _ in terms), number(out), [number(h) for h in held], stage.step,
+            number(x), number(m), number(u), [c for v, c in terms if v[0] != "n"], [number(s) for s in sources],
+            sum(c for v, c in terms if v[0] == "n"), number(out), [number(h) for h in held], stage.step,
         )
         for (x, m, u, sources, held, out), terms, stage in zip(rows, stages, plan.stages, strict=True)
     ]  # fmt: skip

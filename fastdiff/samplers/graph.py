@@ -18,14 +18,14 @@ class GraphedRun:
     """Records ``sample(model, noise, plan=plan, ...)`` once and replays it without any work of the host.
 
     Every evaluation of the model and every step is in the graph, with the coefficients as constants; noise that the
-    solver draws is fresh at every replay (torch's default generator).
+    solver draws is fresh at every replay, whose seed comes from torch's default generator of the device.
 
     Args:
         model: as in :func:`sample`; capturable: static shapes, no reading back.
         noise: [B, ...] on a CUDA device; fixes shape and dtype of later calls.
         plan: from :func:`make_plan`.
         cond: a tensor or None; a tensor fixes shape and dtype of later conditions.
-        **options: of :func:`sample`, besides callback, progress and generator.
+        **options: of :func:`sample`, besides callback, progress, generator and seed.
 
     Raises:
         ValueError: noise is not on a CUDA device, or an option is of the host.
@@ -41,8 +41,8 @@ class GraphedRun:
     ) -> None:
         if noise.device.type != "cuda":
             raise ValueError(f"[GraphedRun] noise: expected a tensor on a CUDA device, got {noise.device}")
-        for name in ("callback", "progress", "generator"):
-            if options.get(name):
+        for name in ("callback", "progress", "generator", "seed"):
+            if options.get(name) not in (None, False):
                 raise ValueError(f"[GraphedRun] {name}: expected none, got one")
         self._noise = noise.clone()
         self._cond = None if cond is None else cond.clone()

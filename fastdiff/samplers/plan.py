@@ -32,12 +32,14 @@ class Tables:
     """A plan as tensors.
 
     A stage's next state is ``linear_update(coefficients[i], terms)`` or, with a counter on the device that a CUDA graph
-    of one stage advances, ``linear_update(coefficients, terms, step=counter)``.
+    of one stage advances, ``linear_update(coefficients, terms, step=counter)``. Noise is drawn on the way, without a
+    tensor of its own, by ``linear_update(coefficients[:, :-1], others, seed=seed, noise_scale=coefficients[:, -1],
+    step=seed[1:])`` from seed = (run's seed, counter).
 
     Attributes:
         times: [nfe] float64, what the model is given.
         terms: for each column of `coefficients` what it multiplies: ("x", lag) a state and ("m", lag) a prediction,
-            this stage's for lag 0, or ("n", 0) fresh noise.
+            this stage's for lag 0, or ("n", 0) fresh noise, which comes last.
         coefficients: [nfe, len(terms)] float64.
     """
 

@@ -1,12 +1,14 @@
 """Running a plan: one call of the model and one ``ops.linear_update`` for every stage.
 
 Nothing is read back from the device, and the states live in a few buffers that are allocated before the first step.
+Noise is drawn by the update itself, by counter (``ops.philox_normal``): it depends on the run's seed, not the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -45,6 +47,7 @@ def sample(
     clip_sample: float | None = None,
     threshold: float | None = None,
     generator: Generators = None,
+    seed: int | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     **options: Any,
@@ -73,8 +76,12 @@ def sample(
             that belongs to the clamped data.
         threshold: dynamic thresholding (Saharia et al. 2022, arXiv:2205.11487, §2.3): clamp predicted data to its own
             quantile of this order, e.g. 0.995, where that is above 1, and divide by it.
-        generator: for solvers that draw noise: one, or one for each sample, which makes a sample
-            independent of its batch.
+        generator: for solvers that draw noise: the run's seed is drawn from it, an int64 on its device. Or one for
+            each sample, which makes a sample independent of its batch: it then draws what it would alone. None:
+            torch's default generator of the device of `noise`.
+        seed: the run's seed itself, in [-2^63, 2^63), in place of a generator. The noise of stage i (one for every
+            evaluation of the model, from 0) is ``philox_normal(noise.shape, (seed, i))``, in float32, the same on every
+            device: sample b's depends on its place b, so the first samples of a larger batch are those of a smaller.
         callback: ``callback(i, t, x, pred)`` after step i (from 0), with t the time reached, x the new state and
             pred the last prediction (the conditional one under plain guidance). What it returns replaces x, if not
             None.
@@ -90,6 +97,11 @@ def sample(
         TypeError: the solver has no such option, or options beside a plan.
     """
     _check(noise, guidance, guidance_scale, uncond, clip_sample, threshold)
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("[sample] seed: expected None beside generator, got both")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"[sample] seed: expected an integer in [-2^63, 2^63), got {seed!r}")
     if plan is not None and options:
         raise TypeError(f"[sample] options: expected none beside a plan, which has its own, got {', '.join(options)}")
     if plan is None:
@@ -108,7 +120,7 @@ def sample(
         _evaluation_mode(model, getattr(form, "weak", None)),
         progress_bar("sampling", plan.steps, enabled=progress) as report,
     ):
-        return _run(model, noise, plan, cond, form, clip_sample, threshold, generator, callback, report)
+        return _run(model, noise, plan, cond, form, clip_sample, threshold, generator, seed, callback, report)
 
 
 def _run(
@@ -120,6 +132,7 @@ def _run(
     clip_sample: float | None,
     threshold: float | None,
     generator: Generators,
+    seed: int | None,
     callback: Callback | None,
     report: Callable[[int, str], object],
 ) -> Tensor:
@@ -142,7 +155,7 @@ def _run(
     store: list[Tensor] = [noise if plan.initial_scale == 1.0 else noise * plan.initial_scale]
     store += [torch.empty_like(noise) for _ in range(run.states - 1)]
     store += store[:1] * (run.places - run.states)  # outputs, as they come
-    draw = _noise_source(noise, generator) if plan.stochastic else None
+    seeds = noise_seeds(noise, len(stages), generator, seed) if plan.stochastic else ()
     update_state = ops.linear_update
     shape = noise.shape
     ends = plan.step_times
@@ -179,8 +192,9 @@ def _run(
         store[update.m] = m
         terms = [store[place] for place in update.sources]
         if update.noise:
-            terms.append(draw())  # type: ignore[misc]
-        x = update_state(update.coefficients, terms, out=store[update.out])
+            x = update_state(update.coefficients, terms, seed=seeds[i], noise_scale=update.noise, out=store[update.out])
+        else:
+            x = update_state(update.coefficients, terms, out=store[update.out])
         if update.step >= 0:
             if callback is not None:
                 replacement = callback(update.step, ends[update.step + 1], x, m)
@@ -241,25 +255,28 @@ def _clamped(data: Tensor, clip: float | None, threshold: float | None) -> Tenso
     return data if clip is None else data.clamp_(-clip, clip)
 
 
-def _noise_source(like: Tensor, generator: Generators) -> Callable[[], Tensor]:
-    """Standard normal noise like the state, drawn on the generator's device and in at least float32."""
+def noise_seeds(like: Tensor, stages: int, generator: Generators, seed: int | None) -> Sequence[Tensor]:
+    """(seed, stage) of every stage's noise, int64 on the device of the state: [2], or [B, 2] for a generator each."""
     several = isinstance(generator, Sequence)
     if several and len(generator) != len(like):  # type: ignore[arg-type]
         raise ValueError(f"[sample] generator: expected one, or {len(like)}, got {len(generator)}")  # type: ignore[arg-type]
-    first = generator[0] if several else generator  # type: ignore[index]
-    device = like.device if first is None else first.device  # type: ignore[union-attr]
-    drawn = torch.empty(like.shape, dtype=torch.promote_types(like.dtype, torch.float32), device=device)
-    moved = drawn if drawn.device == like.device else torch.empty_like(drawn, device=like.device)
+    pairs = torch.empty((stages, len(like), 2) if several else (stages, 2), dtype=torch.int64, device=like.device)
+    keys, offsets = pairs.unbind(-1)
+    offsets.copy_(torch.arange(stages, device=like.device).view(-1, *[1] * several))
+    if seed is not None:
+        keys.fill_(int(seed))
+    elif several:
+        for b, one in enumerate(generator):  # type: ignore[arg-type]
+            keys[:, b] = _drawn_seed(one, like.device)
+    else:
+        keys.copy_(_drawn_seed(generator, like.device))  # type: ignore[arg-type]
+    return pairs.unbind(0)
 
-    def draw() -> Tensor:
-        if several:
-            for one, row in zip(generator, drawn, strict=True):  # type: ignore[arg-type]
-                row.normal_(generator=one)
-        else:
-            drawn.normal_(generator=generator)  # type: ignore[arg-type]
-        return moved if moved is drawn else moved.copy_(drawn)
 
-    return draw
+def _drawn_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Any int64 [], drawn where the generator is. In a CUDA graph every replay draws another."""
+    where = device if generator is None else generator.device
+    return torch.empty((), dtype=torch.int64, device=where).random_(-(1 << 63), None, generator=generator).to(device)
 
 
 @contextmanager
