@@ -142,6 +142,19 @@ def test_rounded_timesteps_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cell["order"] < 1.5
 
 
+def test_kernels_and_reference_must_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = _certify_runs.precision("ddpm", "flow", "v", ["cpu"])
+    assert cells and all(cell["ok"] for cell in cells)
+
+    def other(model: Any, noise: Any, *, seed: int, **kwargs: Any) -> Any:
+        return sample(model, noise, seed=seed + (noise.dtype != torch.float64), **kwargs)
+
+    monkeypatch.setattr(_certify_runs, "sample", other)
+    assert not any(
+        cell["ok"] for cell in _certify_runs.precision("ddpm", "flow", "v", ["cpu"]) if cell["dtype"] == "float32"
+    )
+
+
 def test_an_inversion_is_held_to_its_order_and_must_be_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "vp scaled_linear karras, min"
     assert _certify_runs.order("dpmpp_2m", name, "v", True)["ok"]

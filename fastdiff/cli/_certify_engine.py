@@ -44,9 +44,9 @@ METHOD = (
     "exactly from the coefficients of the plan (restart is held to 2e-3 at 160 evaluations; lcm and consistency to "
     "the data's moments in 4 steps, with a perfect consistency function for a network), and drawn samples within five "
     "standard errors of those moments. "
-    "float32, bfloat16: the distance to the float64 run of the same plan, against a bound from the rounding of every "
-    "term of every step. On the reference schedule all four prediction types are fitted, on the others one. A flow "
-    "begins without data, of which epsilon says nothing: that pair is held to finiteness alone. "
+    "float32, bfloat16: the distance to the float64 run of the same plan and seed, against a bound from the rounding "
+    "of every term of every step. On the reference schedule all four prediction types are fitted, on the others one. "
+    "A flow begins without data, of which epsilon says nothing: that pair is held to finiteness alone. "
     "Inversions, the same plans from data to noise, are held to the order where it is not lost next to the data: "
     f"{', '.join(INVERTED)}. "
     f"Finite: float32, every step count from 1 to {STEP_COUNTS[-1]}, up to {_EVERY} with all four prediction types, "
@@ -206,12 +206,11 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
         predictions = [p for p in predictions if not (p == "epsilon" and name.startswith("flow"))]
         function = runs.weak_order if PROMISES[solver].stochastic else runs.order
         found["order"] = [_guarded(function, solver, name, p, "float64") for p in predictions]
-        if not PROMISES[solver].stochastic:
-            if name in INVERTED:
-                found["order"] += [_guarded(function, solver, name, p, "float64", True) for p in predictions]
-            for p in predictions:
-                cells = _guarded(runs.precision, solver, name, p, "float32", devices)
-                found["precision"] += cells if isinstance(cells, list) else [cells]
+        if name in INVERTED and not PROMISES[solver].stochastic:
+            found["order"] += [_guarded(function, solver, name, p, "float64", True) for p in predictions]
+        for p in predictions:
+            cells = _guarded(runs.precision, solver, name, p, "float32", devices)
+            found["precision"] += cells if isinstance(cells, list) else [cells]
     counts = QUICK_COUNTS if quick else STEP_COUNTS
     found["finite"] = [runs.finite(solver, name, counts, PREDICTIONS, _EVERY)]
     return found

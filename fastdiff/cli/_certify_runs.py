@@ -64,8 +64,7 @@ def run(plan: Plan, name: str, dtype: torch.dtype, *, device: str = "cpu") -> tu
     model = Perfect(name, plan.prediction, oracle())
     first, last = float(plan.times[0]), float(plan.times[-1])
     start = model.oracle.state(*_levels(name, first)) / plan.initial_scale
-    generator = torch.Generator(device).manual_seed(0)
-    end = sample(model, start.to(device, dtype), plan=plan, generator=generator)
+    end = sample(model, start.to(device, dtype), plan=plan, seed=0 if plan.stochastic else None)
     return end.double().cpu(), model.oracle.state(*_levels(name, last)), model
 
 
