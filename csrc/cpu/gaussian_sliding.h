@@ -78,8 +78,8 @@ inline void transpose_step(vf* v, std::index_sequence<l...>) {
   for (int i = 0; i < kWidth; ++i)
     if ((i & s) == 0) {
       const vf a = v[i], b = v[i + s];
-      v[i] = __builtin_shufflevector(a, b, ((l & s) != 0 ? l - s + kWidth : l)...);
-      v[i + s] = __builtin_shufflevector(a, b, ((l & s) != 0 ? l + kWidth : l + s)...);
+      v[i] = shuffle<static_cast<int>((l & s) != 0 ? l - s + kWidth : l)...>(a, b);
+      v[i + s] = shuffle<static_cast<int>((l & s) != 0 ? l + kWidth : l + s)...>(a, b);
     }
 }
 template <int s>

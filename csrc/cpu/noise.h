@@ -59,7 +59,7 @@ inline vi product_high(vi a, vi b) {
 // Within every 128 bits, elements of a and b in turn: the first half of each (kHigh false) or the second.
 template <bool kHigh, int... I>
 inline vi unpack(vi a, vi b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~3) + (I & 3) / 2 + 2 * kHigh + (I & 1) * kWidth)...);
+  return shuffle<((I & ~3) + (I & 3) / 2 + 2 * kHigh + (I & 1) * kWidth)...>(a, b);
 }
 template <bool kHigh>
 inline vi unpack(vi a, vi b) {
@@ -67,7 +67,7 @@ inline vi unpack(vi a, vi b) {
 }
 template <bool kHigh, int... I>
 inline vl unpack(vl a, vl b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & ~1) + kHigh + (I & 1) * kPairs)...);
+  return shuffle<((I & ~1) + kHigh + (I & 1) * kPairs)...>(a, b);
 }
 template <bool kHigh>
 inline vl unpack(vl a, vl b) {

@@ -44,19 +44,19 @@ inline void visit(const Scan& a, int64_t b, int64_t k, int64_t first, Steps* s) 
 
 template <int S, int... I>
 inline vf exchange_low(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & S) ? kWidth + I - S : I)...);
+  return shuffle<((I & S) ? kWidth + I - S : I)...>(a, b);
 }
 template <int S, int... I>
 inline vf exchange_high(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & S) ? kWidth + I : I + S)...);
+  return shuffle<((I & S) ? kWidth + I : I + S)...>(a, b);
 }
 template <int S, int... I>
 inline vf mix(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & S) ? kWidth + I : I)...);
+  return shuffle<((I & S) ? kWidth + I : I)...>(a, b);
 }
 template <int S, int... I>
 inline vf mix_partner(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, ((I & S) ? kWidth + I - S : I + S)...);
+  return shuffle<((I & S) ? kWidth + I - S : I + S)...>(a, b);
 }
 using Lanes = std::make_integer_sequence<int, kWidth>;
 

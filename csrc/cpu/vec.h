@@ -26,6 +26,17 @@ typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 
+// Elements I... of a and b side by side. GCC 11 does not know the builtin of GCC 12 and Clang.
+template <int... I, typename V>
+inline V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef decltype(a < a) Mask;
+  return __builtin_shuffle(a, b, Mask{I...});
+#endif
+}
+
 inline vf splat(float f) { return vf{} + f; }
 
 inline vf load(const float* p) {
