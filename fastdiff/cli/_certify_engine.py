@@ -50,9 +50,9 @@ METHOD = (
     "Inversions, the same plans from data to noise, are held to the order where it is not lost next to the data: "
     f"{', '.join(INVERTED)}. "
     f"Finite: float32, every step count from 1 to {STEP_COUNTS[-1]}, up to {_EVERY} with all four prediction types, "
-    "beyond with each in turn, and its inversion. Adaptive: noise to data and back in float64 with tolerances "
-    f"{', '.join(f'{t:g}' for t in TOLERANCES)}, the error at the end being at most {ALLOWED:g} tolerances times the "
-    "growth of distances along the exact paths."
+    f"beyond with each in turn, and inversions up to {runs.INVERSIONS}. Adaptive: noise to data and back in float64 "
+    f"with tolerances {', '.join(f'{t:g}' for t in TOLERANCES)}, the error at the end being at most {ALLOWED:g} "
+    "tolerances times the growth of distances along the exact paths."
 )
 
 Progress = Callable[[int, int, str], None]
