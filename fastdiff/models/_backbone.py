@@ -241,10 +241,13 @@ class ClassConditional(Backbone):
         if labels is None:
             labels = t.new_full(t.shape, self.config["num_classes"], dtype=torch.long)
         conditions = []
-        for owner in self._embedders():
+        for owner in owners:
             c = owner.t_embedder(t)
+        owners = self._embedders()
+        if drop and owners[0].y_embedder is not None:
+            labels = owners[0].y_embedder.drop(labels)  # once: a sample has its label in all layers or in none
             if owner.y_embedder is not None:
-                c = c + (owner.y_embedder if drop else owner.y_embedder.embedding_table)(labels)
+                c = c + owner.y_embedder(labels)
             conditions.append(F.silu(c))
         layers = list(self._modulation_layers().values())
         conditions = conditions * len(layers) if len(conditions) == 1 else conditions
