@@ -208,7 +208,8 @@ class DroppedWeights:
         layers, owner = model._modulation_layers(), type(model).__name__
         device = isinstance(keep, str) and keep.split(":")[0] in ("cpu", "cuda")
         require(not device, owner, "keep", f"a file, or torch.device({str(keep)!r})", repr(keep))
-        other = next((type(layer).__name__ for layer in layers.values() if type(layer) is not nn.Linear), None)
+        kinds = [type(layer) for layer in layers.values()]
+        other = next((f"{kind.__module__}.{kind.__name__}" for kind in kinds if kind is not nn.Linear), None)
         require(other is None, owner, "drop_modulation_weights", "layers of torch.nn.Linear", other)
         require(not model._dropped(), owner, "drop_modulation_weights", "weights that are there", "none")
         values = {f"{n}.{k}": p.detach() for n, layer in layers.items() for k, p in layer.named_parameters()}
