@@ -225,7 +225,8 @@ class ClassConditional(Backbone):
         times = timesteps.repeat_interleave(each)
         labels = None if distinct is None else distinct.repeat(len(timesteps))
         values = torch.cat(self._modulation(times, labels, drop=False), dim=-1)
-        return ModulationTable(values.view(len(timesteps), each, -1), timesteps, rows, null_row)
+        of = timesteps.new_empty(0) if distinct is None else distinct
+        return ModulationTable(values.view(len(timesteps), each, -1), timesteps, rows, null_row, of)
 
     def _vectors(self) -> list[int]:
         """How many the blocks and the final layer have."""
