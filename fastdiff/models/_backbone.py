@@ -55,10 +55,13 @@ class Backbone(Modulated):
             control: as for ``forward``.
             taps: likewise.
         """
-        depth, given = len(self.blocks), list(control or ())
+        depth, given = len(self.blocks), [] if control is None else list(control)
         self._require(len(given) <= depth + 1, "control", f"at most {depth + 1} entries", len(given))
         added = given + [None] * (depth + 1 - len(given))
         x = self.x_embedder(x) + self.pos_embed
+        shapes = x.shape, (1, *x.shape[1:])
+        misfit = next((list(a.shape) for a in given if a is not None and a.shape not in shapes), None)
+        self._require(misfit is None, "control", f"tensors of shape {list(x.shape)}", misfit)
         x = x if added[0] is None else x + added[0]
         h = ops.adaln_modulate(x, *vectors[0][:2])
         for i, block in enumerate(self.blocks):
@@ -132,7 +135,7 @@ class ClassConditional(Backbone):
             cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
             modulation: a step of a table (:meth:`precompute_modulation`), in place of t and cond, which are not used.
             control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+                ``depth + 1`` tensors of their shape or [1,N,D], or None for nothing there (`ControlNet`).
             taps: a list to which the tokens behind each block are appended.
 
         Returns:

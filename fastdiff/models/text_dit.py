@@ -220,7 +220,7 @@ class TextDiT(DiffusersTextDiT, Backbone):
                 autoencoder makes of the input size.
             aspect_ratio: [B], height over width, likewise; by default 1.
             control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+                ``depth + 1`` tensors of their shape or [1,N,D], or None for nothing there (`ControlNet`).
             taps: a list to which the tokens behind each block are appended.
 
         Returns:
