@@ -103,9 +103,8 @@ class Backbone(Modulated):
         self._require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
         if modulation is not None:
             self._check_table(modulation, width)
-        else:
-            good, got = t is not None and t.shape == x.shape[:1], None if t is None else list(t.shape)
-            self._require(good, "t", f"shape [{len(x)}]", got)
+        elif t is None or t.shape != x.shape[:1]:  # a batch is named in errors only: export would make it a constant
+            self._require(False, "t", f"shape [{len(x)}]", None if t is None else list(t.shape))
 
     def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
         require(ok, type(self).__name__, argument, expected, got)
@@ -244,12 +243,12 @@ class ClassConditional(Backbone):
         self._require_modulation_weights()
         if labels is None:
             labels = t.new_full(t.shape, self.config["num_classes"], dtype=torch.long)
-        conditions = []
-        for owner in owners:
-            c = owner.t_embedder(t)
         owners = self._embedders()
         if drop and owners[0].y_embedder is not None:
             labels = owners[0].y_embedder.drop(labels)  # once: a sample has its label in all layers or in none
+        conditions = []
+        for owner in owners:
+            c = owner.t_embedder(t)
             if owner.y_embedder is not None:
                 c = c + owner.y_embedder(labels)
             conditions.append(F.silu(c))
@@ -267,13 +266,14 @@ class ClassConditional(Backbone):
     def _check(self, x: Tensor, t: Tensor | None, cond: Tensor | None, modulation: Modulation | None = None) -> None:
         self._check_inputs(x, t, modulation, sum(self._vectors()) * self.config["hidden_size"])
         if modulation is None:
-            self._check_labels(cond, len(x))
+            self._check_labels(cond, x.shape[0])
 
     def _check_labels(self, cond: Tensor | None, batch: int) -> None:
         classes = self.config["num_classes"]
         if cond is not None:
             self._require(classes > 0, "cond", "None (the model was built with num_classes=0)", list(cond.shape))
-            self._require(cond.shape == (batch,), "cond", f"shape [{batch}]", list(cond.shape))
+            if cond.shape != (batch,):
+                self._require(False, "cond", f"shape [{batch}]", list(cond.shape))
             self._require(cond.dtype in (torch.int64, torch.int32), "cond", "integer labels", cond.dtype)
         elif classes > 0:
             expected = "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)"

@@ -358,7 +358,7 @@ class TextDiT(DiffusersTextDiT, Backbone):
     def _caption(self, cond: Caption | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens in the type of x, with dropout in training, and the mask, if it is not known to hide nothing."""
         if cond is None:
-            return self.y_embedder.y_embedding.to(x.dtype).expand(len(x), -1, -1), None
+            return self.y_embedder.y_embedding.to(x.dtype).expand(x.shape[0], -1, -1), None
         tokens, mask = split_caption(cond)
         tokens = tokens.to(x.dtype)
         if self.training and self.config["caption_dropout_prob"] > 0:
@@ -383,4 +383,4 @@ class TextDiT(DiffusersTextDiT, Backbone):
         if cond is None:
             self._check_null(0)
             return
-        check_caption("TextDiT", cond, len(x), self.config["caption_channels"])
+        check_caption("TextDiT", cond, x.shape[0], self.config["caption_channels"])
