@@ -162,3 +162,9 @@ def test_a_lora_of_another_model_or_a_damaged_file_is_refused(tmp_path: Path) ->
     assert list(model.state_dict()) == before
     with pytest.raises(TypeError, match=r"\[merge_lora\] model: .*got DiT"):
         merge_lora(model)
+
+
+def test_modulation_weights_under_a_lora_are_not_dropped() -> None:
+    model = add_lora(dit_case()[0], 2, targets=["adaLN_modulation.1"])
+    with pytest.raises(ValueError, match=r"expected layers of torch.nn.Linear, got peft\.\S*Linear"):
+        model.base_model.model.drop_modulation_weights()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastdiff.models import DiffusionMamba, DiT, HybridDiffusion, TextDiT, load_
 from fastdiff.models.checkpoints import CheckpointError
 from fastdiff.models.modulation import Modulated, ModulationTable
 from fastdiff.ops import _linear
+from fastdiff.samplers import make_plan, sample, schedules
 from fastdiff.training import RectifiedFlowModel
 
 TIMES = torch.tensor([999.0, 500.5, 3.0, 0.0])
@@ -270,6 +272,72 @@ def test_samplers_find_the_step_by_its_time(make: Any) -> None:
         predict(x, TIMES[:3])
 
 
+@ALL
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_a_plan_with_times_in_float64_makes_a_table_for_sampling(make: Any, given: torch.dtype) -> None:
+    model = make(learn_sigma=False).to(given)
+    x, cond = images(given), condition(model)
+    cond = cond.to(given) if make is small_text else cond
+    plan = make_plan("heun", schedules.flow(), 7, prediction="flow")  # sevenths; the model gets them in float32
+    predict = with_table(model, model.precompute_modulation(plan.times, cond))
+    with torch.no_grad():
+        expected = sample(model, x, plan=plan, cond=cond)
+        close(sample(predict, x, plan=plan, cond=cond), expected, 1e-5 if given is torch.float32 else 0.02)
+
+
+def test_a_time_is_found_in_the_narrower_type_if_that_tells_it_apart() -> None:
+    table = small_dit().precompute_modulation(torch.tensor([0.1, 1 / 3], dtype=torch.float64))
+    for times in (table.timesteps, table.timesteps.float()):
+        for kind in (torch.float64, torch.float32, torch.bfloat16):
+            assert replace(table, timesteps=times).index(torch.tensor([1 / 3] * 2, dtype=torch.float64).to(kind)) == 1
+        assert replace(table, timesteps=times).index(0.1) == 0
+    whole = replace(table, timesteps=torch.tensor([998, 999]))
+    assert whole.index(999.0) == 1
+    with pytest.raises(ValueError, match=r"one of the 2 times of the table, got 999\.5"):
+        whole.index(999.5)
+    close_by = replace(table, timesteps=torch.tensor([998.0, 999.0]))
+    with pytest.raises(ValueError, match="t: expected a type that tells its times apart, got torch"):
+        close_by.index(torch.tensor(1000.0, dtype=torch.bfloat16))
+    assert replace(close_by, timesteps=torch.tensor([5.0, 5.0])).index(5.0) == 0
+
+
+@OF_LABELS
+@pytest.mark.parametrize("labels", [LABELS, torch.tensor([2, 2, 2])])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_sampler_guides_with_a_table(make: Any, labels: Tensor, stacked: bool) -> None:
+    model, x = make(learn_sigma=False), images()
+    plan = make_plan("ddim", schedules.vp("linear"), 4, prediction="epsilon")
+    guided = {"plan": plan, "cond": labels, "uncond": torch.full((3,), 5) if stacked else None, "guidance_scale": 3.0}
+    table = model.precompute_modulation(plan.times, labels, guidance=True)
+    with torch.no_grad():
+        expected, plain = sample(model, x, **guided), sample(model, x, plan=plan, cond=labels)
+        close(sample(with_table(model, table), x, **guided), expected, 1e-5)
+        assert (expected - plain).abs().max() > 0.01 * plain.abs().max()
+        close(sample(with_table(model, table), x, plan=plan, cond=labels), plain, 1e-5)
+    lacking = with_table(model, model.precompute_modulation(plan.times, labels))
+    match = r"labels among those of the table, \[.*\], got" if stacked else "a table built with guidance=True, got None"
+    with pytest.raises(ValueError, match=match):
+        sample(lacking, x, **guided)
+
+
+@OF_LABELS
+def test_labels_are_found_among_those_of_the_table(make: Any) -> None:
+    model, x, t = make(), images(), TIMES[1].expand(3)
+    table = model.precompute_modulation(TIMES, LABELS, guidance=True).to(torch.float64).to(torch.float32)
+    never = model.precompute_modulation(TIMES)
+    with torch.no_grad():
+        other = torch.tensor([4, 4, 1], dtype=torch.int32)
+        close(with_table(model, table)(x, t, other), model(x, t, other))
+        close(with_table(model, table)(x[:2], t[:2], other[:2]), model(x[:2], t[:2], other[:2]))
+        close(with_table(model, table)(x, t), model(x, t))
+        close(with_table(model, never)(x, t), model(x, t))
+    for held, found in ((table, r"\[1, 4, 5\]"), (never, r"\[\]")):
+        with pytest.raises(
+            ValueError, match=rf"cond: expected labels among those of the table, {found}, got \[1, 2, 3\]"
+        ):
+            with_table(model, held)(x, t, torch.tensor([1, 2, 3]))
+
+
 @OF_LABELS
 def test_compiled_and_moved(make: Any) -> None:
     model, x = make(depth=1 if make is not small_hybrid else 2), images()
@@ -303,6 +371,28 @@ def test_one_signature_for_all() -> None:
             assert [n for n in ours if n in theirs] == list(theirs)
             if kind is not TextDiT:
                 assert str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("make", [*VECTORS, partial(small_dit, shared_embedders=False), small_text])
+def test_the_condition_of_a_sample_is_dropped_everywhere_or_nowhere(make: Any) -> None:
+    model = make(class_dropout_prob=0.5) if make is not small_text else make(caption_dropout_prob=0.5)
+    x, cond = images()[:1].expand(32, -1, -1, -1), condition(model)[:1]
+    t, cond = TIMES[:1].expand(32), cond.expand(32, *cond.shape[1:])
+    null = model.y_embedder.y_embedding[: cond.shape[1]].expand(32, -1, -1) if make is small_text else None
+    with torch.no_grad():
+        kept, without = model(x, t, cond)[0], model(x, t, null)[0]
+        off = [min(float((got - one).abs().max()) for one in (kept, without)) for got in model.train()(x, t, cond)]
+    assert max(off) <= 1e-5 * float(kept.abs().max()) < 1e-3 * float((kept - without).abs().max())
+
+
+@ALL
+def test_exported_with_a_batch_of_any_size(make: Any) -> None:
+    model, rows = make(), torch.export.Dim("rows", min=2, max=64)
+    call = (images(), TIMES[:3], condition(model))
+    with torch.no_grad():
+        exported = torch.export.export(model, call, dynamic_shapes=({0: rows},) * 3).module()
+        twice = tuple(torch.cat([value, value.flip(0)]) for value in call)
+        close(exported(*twice), model(*twice), 1e-5)
 
 
 @ALL
@@ -405,3 +495,7 @@ def test_bad_calls_are_named(make: Any) -> None:
             model(*arguments)
     with pytest.raises(ValueError, match=rf"\[{name}\] control: expected at most 4 entries, got 5"):
         model(x, t, cond, control=[None] * 5)
+    with pytest.raises(ValueError, match=rf"\[{name}\] control: expected tensors of shape .3, 4, 24., got .2, 4, 24."):
+        model(x, t, cond, control=[None, torch.zeros(2, 4, 24)])
+    with pytest.raises(ValueError, match=rf"\[{name}\] control: expected tensors of shape .3, 4, 24., got .4, 24."):
+        model(x, t, cond, control=torch.zeros(3, 4, 24))

@@ -55,10 +55,13 @@ class Backbone(Modulated):
             control: as for ``forward``.
             taps: likewise.
         """
-        depth, given = len(self.blocks), list(control or ())
+        depth, given = len(self.blocks), [] if control is None else list(control)
         self._require(len(given) <= depth + 1, "control", f"at most {depth + 1} entries", len(given))
         added = given + [None] * (depth + 1 - len(given))
         x = self.x_embedder(x) + self.pos_embed
+        shapes = x.shape, (1, *x.shape[1:])
+        misfit = next((list(a.shape) for a in given if a is not None and a.shape not in shapes), None)
+        self._require(misfit is None, "control", f"tensors of shape {list(x.shape)}", misfit)
         x = x if added[0] is None else x + added[0]
         h = ops.adaln_modulate(x, *vectors[0][:2])
         for i, block in enumerate(self.blocks):
@@ -100,9 +103,8 @@ class Backbone(Modulated):
         self._require(x.dim() == 4 and x.shape[1:] == (c, s, s), "x", f"shape [B,{c},{s},{s}]", list(x.shape))
         if modulation is not None:
             self._check_table(modulation, width)
-        else:
-            good, got = t is not None and t.shape == x.shape[:1], None if t is None else list(t.shape)
-            self._require(good, "t", f"shape [{len(x)}]", got)
+        elif t is None or t.shape != x.shape[:1]:  # a batch is named in errors only: export would make it a constant
+            self._require(False, "t", f"shape [{len(x)}]", None if t is None else list(t.shape))
 
     def _require(self, ok: bool, argument: str, expected: str, got: object) -> None:
         require(ok, type(self).__name__, argument, expected, got)
@@ -132,7 +134,7 @@ class ClassConditional(Backbone):
             cond: [B] int64 class labels; None for the unconditional prediction. ``num_classes`` is the null class.
             modulation: a step of a table (:meth:`precompute_modulation`), in place of t and cond, which are not used.
             control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+                ``depth + 1`` tensors of their shape or [1,N,D], or None for nothing there (`ControlNet`).
             taps: a list to which the tokens behind each block are appended.
 
         Returns:
@@ -225,7 +227,8 @@ class ClassConditional(Backbone):
         times = timesteps.repeat_interleave(each)
         labels = None if distinct is None else distinct.repeat(len(timesteps))
         values = torch.cat(self._modulation(times, labels, drop=False), dim=-1)
-        return ModulationTable(values.view(len(timesteps), each, -1), timesteps, rows, null_row)
+        of = timesteps.new_empty(0) if distinct is None else distinct
+        return ModulationTable(values.view(len(timesteps), each, -1), timesteps, rows, null_row, of)
 
     def _vectors(self) -> list[int]:
         """How many the blocks and the final layer have."""
@@ -240,11 +243,14 @@ class ClassConditional(Backbone):
         self._require_modulation_weights()
         if labels is None:
             labels = t.new_full(t.shape, self.config["num_classes"], dtype=torch.long)
+        owners = self._embedders()
+        if drop and owners[0].y_embedder is not None:
+            labels = owners[0].y_embedder.drop(labels)  # once: a sample has its label in all layers or in none
         conditions = []
-        for owner in self._embedders():
+        for owner in owners:
             c = owner.t_embedder(t)
             if owner.y_embedder is not None:
-                c = c + (owner.y_embedder if drop else owner.y_embedder.embedding_table)(labels)
+                c = c + owner.y_embedder(labels)
             conditions.append(F.silu(c))
         layers = list(self._modulation_layers().values())
         conditions = conditions * len(layers) if len(conditions) == 1 else conditions
@@ -260,13 +266,14 @@ class ClassConditional(Backbone):
     def _check(self, x: Tensor, t: Tensor | None, cond: Tensor | None, modulation: Modulation | None = None) -> None:
         self._check_inputs(x, t, modulation, sum(self._vectors()) * self.config["hidden_size"])
         if modulation is None:
-            self._check_labels(cond, len(x))
+            self._check_labels(cond, x.shape[0])
 
     def _check_labels(self, cond: Tensor | None, batch: int) -> None:
         classes = self.config["num_classes"]
         if cond is not None:
             self._require(classes > 0, "cond", "None (the model was built with num_classes=0)", list(cond.shape))
-            self._require(cond.shape == (batch,), "cond", f"shape [{batch}]", list(cond.shape))
+            if cond.shape != (batch,):
+                self._require(False, "cond", f"shape [{batch}]", list(cond.shape))
             self._require(cond.dtype in (torch.int64, torch.int32), "cond", "integer labels", cond.dtype)
         elif classes > 0:
             expected = "labels [B] (class_dropout_prob=0 leaves no unconditional prediction)"

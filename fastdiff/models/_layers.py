@@ -86,10 +86,14 @@ class LabelEmbedder(nn.Module):
         self.num_classes, self.dropout_prob = num_classes, dropout_prob
         self.embedding_table = nn.Embedding(num_classes + (dropout_prob > 0), hidden_size)
 
+    def drop(self, labels: Tensor) -> Tensor:
+        """In training mode, a share of the labels replaced by the null class."""
+        if not self.training or self.dropout_prob == 0:
+            return labels
+        dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
+        return labels.masked_fill(dropped, self.num_classes)
+
     def forward(self, labels: Tensor) -> Tensor:
-        if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout_prob
-            labels = labels.masked_fill(dropped, self.num_classes)
         embedding: Tensor = self.embedding_table(labels)
         return embedding
 

@@ -85,12 +85,15 @@ class ModulationTable:
         timesteps: [T], the times, as they were given.
         rows: see `Modulation`.
         null_row: likewise.
+        labels: [U], the class label of each row; none at all for the unconditional prediction; None if the numbers do
+            not depend on the condition.
     """
 
     values: Tensor
     timesteps: Tensor
     rows: Tensor | None = None
     null_row: int | None = None
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -111,36 +114,64 @@ class ModulationTable:
         return Modulation(self.values[step], self.rows, self.null_row)
 
     def index(self, t: float | Tensor) -> int:
-        """The step whose time is `t` (a tensor: all of its times), just as it was given; reads device values.
+        """The step whose time is `t` (a tensor: all of its times), as it was given; reads device values.
+
+        Of two floating-point types the narrower decides: a plan has its times in float64, a model gets them in float32.
 
         Raises:
-            ValueError: the schedule has no such time, or `t` holds several.
+            ValueError: the schedule has no such time, or `t` holds several or is too coarse to tell two of them apart.
         """
-        times = torch.as_tensor(t, device=self.timesteps.device).flatten()
+        times = torch.as_tensor(t, dtype=torch.float64 if isinstance(t, float) else None, device=self.timesteps.device)
+        times, own = times.flatten(), self.timesteps
+        if own.is_floating_point() and times.is_floating_point():
+            kind = max(own.dtype, times.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            times, own = times.to(kind), own.to(kind)
         require(len(times) > 0, "ModulationTable", "t", "at least one time", "none")
-        found = (self.timesteps == times[0].to(self.timesteps.dtype)).nonzero().flatten()
+        found = (own == times[0]).nonzero().flatten()
         require(bool((times == times[0]).all()), "ModulationTable", "t", "the same time for the whole batch", t)
         require(len(found) > 0, "ModulationTable", "t", f"one of the {len(self)} times of the table", times[0].item())
+        alike = self.timesteps[found]
+        require(bool((alike == alike[0]).all()), "ModulationTable", "t", "a type that tells its times apart", own.dtype)
         return int(found[0])
+
+    def for_cond(self, step: int, cond: Any) -> Modulation:
+        """Of time number `step` for labels cond [B] among those of the table (reads device values); None: no label.
+
+        Raises:
+            ValueError: the table is without one of these labels, or without the null class.
+        """
+        found = self.at(step)
+        if self.labels is None:
+            return found
+        if cond is None:
+            null = self.null_row if len(self.labels) else 0
+            require(null is not None, "ModulationTable", "cond", "labels, or a table built with guidance=True", None)
+            return Modulation(found.values[null : null + 1])  # type: ignore[operator]
+        same = cond.to(self.labels.device)[:, None] == self.labels
+        known = f"labels among those of the table, {self.labels.tolist()}"
+        require(bool(same.any(1).all()), "ModulationTable", "cond", known, cond.tolist())
+        return Modulation(found.values, same.int().argmax(1), self.null_row)
 
     def to(self, *args: Any, **kwargs: Any) -> ModulationTable:
         """As `torch.Tensor.to`, of the values; the rest follows to the device."""
         values = self.values.to(*args, **kwargs)
-        rows = None if self.rows is None else self.rows.to(values.device)
-        return replace(self, values=values, rows=rows, timesteps=self.timesteps.to(values.device))
+        rest = {"rows": self.rows, "timesteps": self.timesteps, "labels": self.labels}
+        moved: dict[str, Any] = {name: t if t is None else t.to(values.device) for name, t in rest.items()}
+        return replace(self, values=values, **moved)
 
 
 def with_table(model: nn.Module, table: ModulationTable) -> Callable[..., Tensor]:
     """``f(x, t, cond=None)`` for samplers: the model with the step of `table` whose time is t.
 
-    The labels are those of the table: cond is passed on to a model that needs it besides (`TextDiT`).
+    cond are labels among those of the table; None is the null class, which a table with ``guidance=True`` has: what
+    guidance by the sampler needs. The caption of `TextDiT` goes to the model.
 
     Raises:
-        ValueError: (from the function) the table has no time t.
+        ValueError: (from the function) the table has no time t, or not these labels.
     """
 
     def predict(x: Tensor, t: Tensor, cond: Any = None, **extra: Any) -> Tensor:
-        prediction: Tensor = model(x, None, cond, modulation=table.at(table.index(t)), **extra)
+        prediction: Tensor = model(x, None, cond, modulation=table.for_cond(table.index(t), cond), **extra)
         return prediction
 
     return predict
@@ -208,7 +239,8 @@ class DroppedWeights:
         layers, owner = model._modulation_layers(), type(model).__name__
         device = isinstance(keep, str) and keep.split(":")[0] in ("cpu", "cuda")
         require(not device, owner, "keep", f"a file, or torch.device({str(keep)!r})", repr(keep))
-        other = next((type(layer).__name__ for layer in layers.values() if type(layer) is not nn.Linear), None)
+        kinds = [type(layer) for layer in layers.values()]
+        other = next((f"{kind.__module__}.{kind.__name__}" for kind in kinds if kind is not nn.Linear), None)
         require(other is None, owner, "drop_modulation_weights", "layers of torch.nn.Linear", other)
         require(not model._dropped(), owner, "drop_modulation_weights", "weights that are there", "none")
         values = {f"{n}.{k}": p.detach() for n, layer in layers.items() for k, p in layer.named_parameters()}

@@ -220,7 +220,7 @@ class TextDiT(DiffusersTextDiT, Backbone):
                 autoencoder makes of the input size.
             aspect_ratio: [B], height over width, likewise; by default 1.
             control: what to add to the tokens [B,N,D] before each block and, last, behind the last one: up to
-                ``depth + 1`` tensors of their shape, or None for nothing there (`ControlNet`).
+                ``depth + 1`` tensors of their shape or [1,N,D], or None for nothing there (`ControlNet`).
             taps: a list to which the tokens behind each block are appended.
 
         Returns:
@@ -358,7 +358,7 @@ class TextDiT(DiffusersTextDiT, Backbone):
     def _caption(self, cond: Caption | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens in the type of x, with dropout in training, and the mask, if it is not known to hide nothing."""
         if cond is None:
-            return self.y_embedder.y_embedding.to(x.dtype).expand(len(x), -1, -1), None
+            return self.y_embedder.y_embedding.to(x.dtype).expand(x.shape[0], -1, -1), None
         tokens, mask = split_caption(cond)
         tokens = tokens.to(x.dtype)
         if self.training and self.config["caption_dropout_prob"] > 0:
@@ -383,4 +383,4 @@ class TextDiT(DiffusersTextDiT, Backbone):
         if cond is None:
             self._check_null(0)
             return
-        check_caption("TextDiT", cond, len(x), self.config["caption_channels"])
+        check_caption("TextDiT", cond, x.shape[0], self.config["caption_channels"])
