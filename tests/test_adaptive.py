@@ -188,3 +188,25 @@ def test_bad_calls_are_refused() -> None:
     ):
         with pytest.raises(kind, match=word):
             call()
+
+
+@pytest.mark.parametrize(
+    "times", [(schedules.vp("linear"), [900.0, 500.0, 100.0]), (schedules.flow(), [0.1, 0.3, 0.8])], ids=["vp", "flow"]
+)
+def test_times_of_ones_own_that_end_in_noise_end_the_ode(times: tuple[schedules.Schedule, list[float]]) -> None:
+    schedule = schedules.from_times(*times)
+    first, last = times[1][0], times[1][-1]
+    model = gaussian(schedule, "v")
+    scale = 1.0 if schedule.kind == "vp" else schedule.sigma(first)
+    start = noise() * scale
+    exact = path(schedule, start, first, last)
+    options: dict[str, Any] = {"schedule": schedule, "prediction": "v"}
+    ended = sample(model, start / scale, solver="adaptive", rtol=1e-8, atol=1e-8, **options)
+    assert (ended - exact).abs().max() < 1e-6
+    assert (sample(model, start / scale, solver="rk4", steps=200, **options) - exact).abs().max() < 1e-4
+    back = solve(lambda x, t, _: model(x, t, None), exact, schedule, prediction="v", rtol=1e-8, atol=1e-8, inverse=True)
+    assert back.times[0] == last and (back.final - start).abs().max() < 1e-6
+    found = log_likelihood(model, exact, schedule, prediction="v", trace="exact", rtol=1e-8, atol=1e-8)
+    grown = (spread(schedule, first) / spread(schedule, last) / scale).log().sum()
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(start / scale).sum(1)
+    assert (found.log_prob - prior - grown).abs().max() < 1e-6

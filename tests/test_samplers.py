@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import ops
@@ -624,6 +625,8 @@ def test_bad_calls_are_refused() -> None:
         (lambda: sample(model, x, schedule=schedule, clip_sample=0.0), ValueError, "clip_sample"),
         (lambda: sample(model, x, schedule=schedule, threshold=2.0), ValueError, "threshold"),
         (lambda: sample(model, x, schedule=schedule, seed=1, generator=torch.Generator()), ValueError, "seed"),
+        (lambda: sample(model, x, solver="ddpm", schedule=schedule, generator=5), ValueError, "generator"),
+        (lambda: sample(model, x, solver="ddpm", schedule=schedule, generator=[5, 6]), ValueError, "generator"),
         (lambda: sample(model, x, schedule=schedule, seed=True), ValueError, "seed"),
         (lambda: sample(model, x, schedule=schedule, seed=1 << 63), ValueError, "seed"),
         (lambda: sample(model, x, schedule=schedule, seed=0.5), ValueError, "seed"),
@@ -635,3 +638,12 @@ def test_bad_calls_are_refused() -> None:
     ):
         with pytest.raises(kind, match=word):
             call()
+
+
+@pytest.mark.parametrize("option", [{"seed": 0}, {"seed": 1}, {"generator": torch.Generator()}, {"progress": True}])
+def test_a_recorded_run_refuses_options_of_the_host(option: dict[str, Any]) -> None:
+    with FakeTensorMode():
+        noise = torch.empty(2, 3, device="cuda")
+    plan = make_plan("ddpm", SCHEDULES["trailing"], 2)
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: expected none"):
+        GraphedRun(lambda x, t, c: x, noise, plan, **option)

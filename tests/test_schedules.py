@@ -133,7 +133,8 @@ def test_bad_schedules_are_refused() -> None:
 
 @pytest.mark.parametrize(("final", "most"), [("zero", 1000), ("min", 999)])
 def test_leading_times_are_those_of_training(final: str, most: int) -> None:
-    schedule = schedules.vp(spacing="leading", final=final)
-    assert schedule.times(most)[0] == schedule.start
+    for betas in ("linear", "cosine"):
+        schedule = schedules.vp(betas, spacing="leading", final=final)
+        assert schedule.times(most)[0] == schedule.start
     with pytest.raises(ValueError, match=f"steps: expected at most {most} with leading times, got {most + 1}"):
         schedule.times(most + 1)

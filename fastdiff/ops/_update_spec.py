@@ -295,12 +295,26 @@ def _bad_seed(**options: Any) -> list[Any]:
     ]  # fmt: skip
 
 
+def _over(name: str, count: int) -> Callable[..., reg.Call]:
+    """`out` in the memory of an int64 argument."""
+
+    def call(args: Any, kwargs: Any) -> reg.Call:
+        number = torch.ones(1, dtype=torch.int64)
+        x = torch.ones(1, 2)
+        return ([1.0] * count, [x] * count), {"seed": 1, name: number, "out": number.view(torch.float32).reshape(1, 2)}
+
+    return call
+
+
 _BAD_LINEAR = [
     *_BAD_STEP, *_bad_seed(),
     *_bad_number(lambda v: lambda a, k: (a, {**k, "seed": 1, "noise_scale": v}), "noise_scale"),
     ("a bad seed, many terms", lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"seed": "1"}), TypeError, ("seed", "str")),
     ("a bad noise_scale, many terms",
      lambda a, k: (([1.0] * 10, [a[1][0]] * 10), {"seed": 1, "noise_scale": "1"}), TypeError, ("noise_scale", "str")),
+    ("out over the seed", _over("seed", 2), ValueError, ("out", "overlap")),
+    ("out over the seed, many terms", _over("seed", 10), ValueError, ("out", "overlap")),
+    ("out over the step", _over("step", 2), ValueError, ("out", "overlap")),
     *_bad_table(lambda a, t, other: ([t, other], [a[1][0], a[1][0]]), "coefficients[0]"),
     ("tables of different lengths",
      lambda a, k: (([torch.rand(5), torch.rand(4)], [a[1][0], a[1][0]]), {"step": torch.tensor([0])}), ValueError,

@@ -87,7 +87,8 @@ def linear_update(
     drawn = [] if seed is None else [noise_scale]
     checked = _check(op, [*coefficients, *drawn], tensors, None, step, seed)
     if out is not None:
-        reg.check_out(op, out, tensors[0], (*tensors, *(c for c in checked if isinstance(c, torch.Tensor))), tensors)
+        read = [t for t in (*checked, step, seed) if isinstance(t, torch.Tensor)]
+        reg.check_out(op, out, tensors[0], (*tensors, *read), tensors)
     first = [tensors[0].to(_wide(tensors[0])), *tensors[1 : MAX_TERMS - 1]]
     head = linear_update(coefficients[: MAX_TERMS - 1], first, step=step)
     rest = linear_update(
@@ -493,7 +494,8 @@ def _serve(
         seed = None
     way = reg.within_limits(op, way, [reg.LEARNED] if reg.learned(checked) else [])
     if out is not None:
-        reg.check_out(op, out, terms[0], (*terms, *(c for c in checked if isinstance(c, torch.Tensor))), terms)
+        read = [t for t in (*checked, step, seed) if isinstance(t, torch.Tensor)]
+        reg.check_out(op, out, terms[0], (*terms, *read), terms)
     if way is reg.REFERENCE:
         result = reference([_row(c, step) for c in checked], terms, rule, seed)
         return result if out is None else out.copy_(result)

@@ -95,8 +95,8 @@ def solve(
 ) -> Trajectory:
     """Solves the probability-flow ODE between noise and data.
 
-    It ends at ``schedule.last``, the least noise that the model knows, and from there takes DDIM's step to data
-    if the schedule goes on to sigma = 0.
+    It ends where the times of the schedule do, at the latest at ``schedule.last``, the least noise that the model
+    knows, and from there takes DDIM's step to data if the schedule goes on to sigma = 0.
 
     Args:
         model: ``model(x, t, level) -> prediction`` with t [B] and level = sigma / alpha.
@@ -106,7 +106,7 @@ def solve(
         rtol: tolerance relative to the state, per step, above 0.
         atol: absolute tolerance; at least 0.
         dense: keep what a state at any time needs (five tensors a step).
-        inverse: from data (taken to be at ``schedule.last``) to noise.
+        inverse: from data (taken to be at the time where a run ends before that step) to noise.
         max_steps: give up after so many.
 
     Returns:
@@ -138,6 +138,9 @@ def solve(
 def ode_times(schedule: Schedule, prediction: str) -> tuple[float, float]:
     """The noisiest and the cleanest time between which the ODE's right-hand side is finite."""
     noisy, clean = schedule.start, schedule.last
+    end = float(schedule.times(1)[-1])  # times of one's own may end in more noise
+    if schedule.sigma(end) * schedule.alpha(clean) > schedule.sigma(clean) * schedule.alpha(end):
+        clean = end
     if prediction == "epsilon" and schedule.alpha(noisy) * DEEPEST < schedule.sigma(noisy):
         noisy = schedule.time_at(DEEPEST)
     if prediction == "sample" and schedule.sigma(clean) * DEEPEST < schedule.alpha(clean):

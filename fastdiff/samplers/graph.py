@@ -42,7 +42,8 @@ class GraphedRun:
         if noise.device.type != "cuda":
             raise ValueError(f"[GraphedRun] noise: expected a tensor on a CUDA device, got {noise.device}")
         for name in ("callback", "progress", "generator", "seed"):
-            if options.get(name) not in (None, False):
+            value = options.get(name)
+            if value is not None and value is not False:  # a seed may be 0
                 raise ValueError(f"[GraphedRun] {name}: expected none, got one")
         self._noise = noise.clone()
         self._cond = None if cond is None else cond.clone()

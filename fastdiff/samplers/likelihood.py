@@ -62,7 +62,8 @@ def log_likelihood(
 ) -> Likelihood:
     """log p(data) of the model's probability-flow ODE, started at ``schedule.last``.
 
-    The density is that of data with the noise of ``schedule.last`` (none for flows), under the prior of sampling.
+    The density is that of data with the noise of ``schedule.last`` (none for flows), under the prior of sampling; on
+    times of one's own that end in more noise, of data with that.
 
     Args:
         model: ``model(x, t, cond) -> prediction``, differentiable in x.

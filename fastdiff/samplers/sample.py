@@ -258,6 +258,9 @@ def _clamped(data: Tensor, clip: float | None, threshold: float | None) -> Tenso
 def noise_seeds(like: Tensor, stages: int, generator: Generators, seed: int | None) -> Sequence[Tensor]:
     """(seed, stage) of every stage's noise, int64 on the device of the state: [2], or [B, 2] for a generator each."""
     several = isinstance(generator, Sequence)
+    for one in generator if several else (generator,):  # type: ignore[union-attr]
+        if one is not None and not isinstance(one, torch.Generator):
+            raise ValueError(f"[sample] generator: expected torch.Generator, one or a sequence, got {one!r}")
     if several and len(generator) != len(like):  # type: ignore[arg-type]
         raise ValueError(f"[sample] generator: expected one, or {len(like)}, got {len(generator)}")  # type: ignore[arg-type]
     pairs = torch.empty((stages, len(like), 2) if several else (stages, 2), dtype=torch.int64, device=like.device)

@@ -214,14 +214,14 @@ def vp(
             raise ValueError(f"[Schedule.times] steps: expected at most {most} with leading times, got {steps}")
         if final == "min":
             if spacing == "leading":
-                return np.arange(steps, -1, -1) * (start + 1) / (steps + 1)
+                return np.minimum(np.arange(steps, -1, -1) * (start + 1) / (steps + 1), start)
             return np.linspace(start, 0.0, steps + 1)
         if spacing == "linspace":
             points = np.linspace(start, 0.0, steps) if steps > 1 else np.array([start])
         elif spacing == "trailing":
             points = start - np.arange(steps) * (start - end) / steps
         else:
-            points = np.arange(steps - 1, -1, -1) * (start + 1) / steps
+            points = np.minimum(np.arange(steps - 1, -1, -1) * (start + 1) / steps, start)
         return np.append(points, end)
 
     text = f"vp {name} {spacing} {final}" + (" zero_terminal_snr" if zero_terminal_snr else "")
