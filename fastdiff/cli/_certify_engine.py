@@ -75,7 +75,7 @@ def certify(
 
     Args:
         solvers: names from `fastdiff.samplers.SOLVERS`; empty for all.
-        quick: fewer schedules and step counts; some ten seconds.
+        quick: fewer schedules and step counts; half a minute or so.
         diffusers: measure diffusers' schedulers too, if it is installed.
         jobs: processes; None: as many as there are cores. With 1 everything runs in this one.
         progress: called with (parts done, parts in all, what was done).

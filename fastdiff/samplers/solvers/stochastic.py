@@ -80,7 +80,8 @@ def restart(run: Run, intervals: tuple[Interval, ...] = ((0.06, 0.3, 2, 3),), rh
     """Restart sampling: Xu et al. 2023 (arXiv:2306.14878), Algorithm 2, with Heun steps.
 
     Each interval is (least, most, times, steps) with levels in sigma / alpha: when the run has come to the time
-    nearest to `least`, noise lifts it to `most` and it comes back in so many steps, so many times over.
+    nearest to `least`, noise lifts it to `most` and it comes back in so many steps, so many times over. With so few
+    steps that none of its times lies below `most` there is nothing to restart: such a run is Heun's and draws no noise.
     """
     for interval in intervals:
         least, most, times, count = interval
