@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.cli._certify_runs import Perfect, _gaps, _levels, oracle, schedule
+from fastdiff.cli._certify_runs import Perfect, _gaps, _levels, cell_of, oracle, schedule
 from fastdiff.samplers import solve
 from fastdiff.samplers.adaptive import _initial_scale, ode_times
 
@@ -48,8 +48,7 @@ def adaptive(name: str, prediction: str) -> dict[str, Any]:
             runs.append(
                 {"tolerance": tolerance, "inverse": inverse, "nfe": found.nfe, "error": error, "allowed": allowed}
             )
-    cell = {"solver": "adaptive", "schedule": name, "prediction": prediction, "dtype": "float64"}
-    return {**cell, "runs": runs, "ok": not failures, "failures": failures}
+    return {**cell_of("adaptive", name, prediction), "runs": runs, "ok": not failures, "failures": failures}
 
 
 def _of_level(model: Perfect) -> Callable[[Tensor, Tensor, float], Tensor]:

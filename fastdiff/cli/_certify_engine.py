@@ -205,11 +205,13 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
         # A flow begins without data, of which epsilon says nothing: such a run starts elsewhere, off an even grid.
         predictions = [p for p in predictions if not (p == "epsilon" and name.startswith("flow"))]
         function = runs.weak_order if PROMISES[solver].stochastic else runs.order
-        found["order"] = [_guarded(function, solver, name, p, "float64") for p in predictions]
+        found["order"] = [_guarded(function, runs.cell_of(solver, name, p), solver, name, p) for p in predictions]
         if name in INVERTED and not PROMISES[solver].stochastic:
-            found["order"] += [_guarded(function, solver, name, p, "float64", True) for p in predictions]
+            for p in predictions:
+                cell = {**runs.cell_of(solver, name, p), "inverse": True}
+                found["order"].append(_guarded(runs.order, cell, solver, name, p, True))
         for p in predictions:
-            cells = _guarded(runs.precision, solver, name, p, "float32", devices)
+            cells = _guarded(runs.precision, runs.cell_of(solver, name, p, "float32"), solver, name, p, devices)
             found["precision"] += cells if isinstance(cells, list) else [cells]
     counts = QUICK_COUNTS if quick else STEP_COUNTS
     found["finite"] = [runs.finite(solver, name, counts, PREDICTIONS, _EVERY)]
@@ -218,21 +220,14 @@ def _measure(job: Job, devices: Sequence[str]) -> dict[str, list[dict[str, Any]]
 
 def _adaptive(name: str) -> dict[str, list[dict[str, Any]]]:
     """The cells of the adaptive solver on one schedule."""
-    return {"adaptive": [_guarded(lambda _, *rest: adaptive(*rest), ADAPTIVE, name, p, "float64") for p in PREDICTIONS]}
+    return {"adaptive": [_guarded(adaptive, runs.cell_of(ADAPTIVE, name, p), name, p) for p in PREDICTIONS]}
 
 
-def _guarded(function: Callable[..., Any], solver: str, name: str, prediction: str, dtype: str, *rest: Any) -> Any:
-    """A cell that cannot be measured is a broken promise, and the others are still measured."""
+def _guarded(function: Callable[..., Any], cell: dict[str, Any], *args: Any) -> Any:
+    """``function(*args)``. A cell that cannot be measured is a broken promise, and the others are still measured."""
     try:
-        return function(solver, name, prediction, *rest)
+        return function(*args)
     except Exception as error:
         what = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-        cell = {
-            "solver": solver,
-            "schedule": name,
-            "prediction": prediction,
-            "dtype": dtype,
-            "inverse": rest == (True,),
-        }
         nothing: dict[str, Any] = {"error": float("nan"), "errors": [], "nfe": [], "order": None, "runs": []}
         return {**cell, "ok": False, "failures": [what], **nothing}

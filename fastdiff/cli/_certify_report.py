@@ -75,7 +75,7 @@ def orders_table(record: dict[str, Any]) -> Table:
 
 
 def adaptive_table(record: dict[str, Any]) -> Table:
-    """The adaptive solver by schedule: the worst of all prediction types, in tolerances."""
+    """The adaptive solver by schedule and tolerance: the worst of all prediction types."""
     tolerances = sorted({run["tolerance"] for cell in record["adaptive"] for run in cell["runs"]}, reverse=True)
     names = [f"{way}{tolerance:g}" for way in ("", "inverse ") for tolerance in tolerances]
     found = Table(

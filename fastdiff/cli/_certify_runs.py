@@ -19,7 +19,7 @@ from fastdiff.cli._certify_targets import ALL, GAUSSIANS, Oracle
 from fastdiff.samplers import SOLVERS, Plan, make_plan, sample
 from fastdiff.samplers.schedules import Schedule
 
-__all__ = ["DTYPES", "INVERSIONS", "SCHEDULES", "Perfect", "finite", "order", "precision", "weak_order"]
+__all__ = ["DTYPES", "INVERSIONS", "SCHEDULES", "Perfect", "cell_of", "finite", "order", "precision", "weak_order"]
 
 SCHEDULES = {**ORDER_SCHEDULES, **ENDS_AT_DATA}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,7 +96,7 @@ def order(solver: str, name: str, prediction: str, inverse: bool = False) -> dic
     if reference and not inverse and not at[-1] <= promise.error:
         failures.append(f"error {at[-1]:.1e} at {ERROR_CALLS} evaluations, promised ≤ {promise.error:g}")
     return {
-        **_cell(solver, name, prediction, "float64"),
+        **cell_of(solver, name, prediction),
         "inverse": inverse,
         "nfe": found.nfe,
         "errors": found.errors,
@@ -134,7 +134,7 @@ def precision(solver: str, name: str, prediction: str, devices: Sequence[str]) -
             failures = [] if error <= allowed else [f"{error:.1e} from the float64 run, allowed {allowed:.1e}"]
             cells.append(
                 {
-                    **_cell(solver, name, prediction, dtype),
+                    **cell_of(solver, name, prediction, dtype),
                     "device": device,
                     "backend": backend,
                     "nfe": plan.nfe,
@@ -214,7 +214,7 @@ def weak_order(solver: str, name: str, prediction: str) -> dict[str, Any]:
     if not z <= 5:
         failures.append(f"{plan.steps} steps: moments of drawn samples are {z:.1f} standard errors off")
     return {
-        **_cell(solver, name, prediction, "float64"),
+        **cell_of(solver, name, prediction),
         "nfe": found.nfe,
         "errors": found.errors,
         "order": found.order,
@@ -382,5 +382,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
-def _cell(solver: str, name: str, prediction: str, dtype: str) -> dict[str, Any]:
+def cell_of(solver: str, name: str, prediction: str, dtype: str = "float64") -> dict[str, Any]:
+    """What says which measurement a cell is of."""
     return {"solver": solver, "schedule": name, "prediction": prediction, "dtype": dtype}
